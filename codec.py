@@ -1,0 +1,757 @@
+"""Stage 1: train a neural audio codec, which turns speech into a few whole numbers a frame and back.
+
+in   a corpus of audio          synthetic speech (made on the spot), LibriSpeech, or any folder; no transcripts needed
+out  runs/codec/codec.pt        weights and settings; training resumes from it
+     runs/codec/report.json     how well it does on the dev audio
+
+    python codec.py                                              # synthetic corpus, about two minutes on two CPU cores
+    python codec.py --corpus mini-librispeech --size small       # real speech
+    python codec.py --reconstruct in.wav out.wav                 # hear what the tokens keep
+
+wav (B, S) -> encoder -> latent (B, D, T) -> quantizer -> tokens (B, Q, T) -> latent -> decoder -> wav (B, S)
+Legend: B utterances, S samples, T token frames, D latent size, Q codebooks, C channels, M mel bands.
+
+Dhawan et al., arXiv 2407.03495, section 2. Encoders and losses follow NVIDIA's published recipes (NeMo
+audio_codec_16000 and mel_codec); the decoder is Vocos (arXiv 2306.00814) instead of HiFi-GAN, for all four codecs:
+it works at frame rate, so that a codec can be trained without a GPU.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import math
+import os
+import sys
+import tarfile
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchaudio
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from quantizers import GroupFSQ, Quantized, ResidualVQ, usage_and_perplexity
+
+SAMPLE_RATE = 16_000
+
+
+def option(default, help, **more):
+    """A field of a settings class that is also a command-line flag."""
+    return field(default=default, metadata={"help": help, **more})
+
+
+# widths of the three parts; `small` trains on a laptop, `base` wants a GPU
+SIZES = {"tiny":  dict(time_channels=8, mel_channels=128, decoder_channels=128, blocks=2),
+         "small": dict(time_channels=16, mel_channels=192, decoder_channels=256, blocks=4),
+         "base":  dict(time_channels=32, mel_channels=384, decoder_channels=512, blocks=6)}
+
+
+@dataclass
+class CodecSettings:
+    corpus: str = option("synthetic", "synthetic, mini-librispeech, librispeech, or a folder")
+    train: tuple = option((), "subsets (or plain folders of audio) to train on", type=str)
+    dev: tuple = option((), "subsets to report on", type=str)
+    encoder: str = option("mel", "what the encoder sees: the waveform or its log-mel spectrogram", choices=("time", "mel"))
+    quantizer: str = option("fsq", "residual VQ or grouped FSQ", choices=("rvq", "fsq"))
+    strides: tuple = option((2, 4, 5, 10), "product = samples a token frame: 400 = 25 ms = 40 Hz; 2 4 5 5 = 80 Hz", type=int)
+    codebooks: int = option(8, "codebooks (RVQ) or groups (FSQ): each adds 10 bits a frame")
+    size: str = option("tiny", "width and depth of all parts", choices=tuple(SIZES))
+    adversarial: bool = option(False, "add the multi-resolution STFT discriminator: better sound, twice the time")
+    steps: int = option(1000, "optimiser steps")
+    batch: int = option(16, "crops a step, over all processes")
+    crop: float = option(1.0, "seconds a crop")
+    lr: float = option(1e-3, "peak learning rate; the usual 1e-4 is for runs a hundred times longer")
+    seed: int = option(0, "random seed of weights and data order")
+    device: str = option("auto", "auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"))
+    out: str = option("runs/codec", "folder to write")
+    reconstruct: tuple = option((), "IN OUT: encode and decode one file with the trained codec, then stop", type=str)
+
+    @property
+    def hop(self) -> int:
+        return math.prod(self.strides)
+
+
+# ---------------------------------------------------------------------------------------------------- audio and corpora
+
+class InputError(ValueError):
+    """Bad input, told in one line: what, where, what to do. The scripts print it and exit with code 2."""
+
+
+AUDIO_ENDINGS = {".flac", ".wav", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".caf", ".w64"}
+DATA = Path("data")                             # where named corpora are kept
+# name: (folder, train, dev, test); a subset of LibriSpeech has the same name everywhere
+CORPORA = {"synthetic": (DATA / "synthetic", ("train",), ("dev",), ("test",)),
+           "mini-librispeech": (DATA / "LibriSpeech", ("train-clean-5",), ("dev-clean-2",), ("test-clean",)),
+           "librispeech": (DATA / "LibriSpeech", ("train-clean-100",), ("dev-clean",), ("test-clean", "test-other"))}
+MINI = "https://www.openslr.org/resources/31/"
+MINI_MD5 = {"train-clean-5": "5df7d4e78065366204ca6845bb08f490", "dev-clean-2": "6d7ab67ac6a1d2c993d050e16d61080d"}
+
+
+def read_audio(path: str | Path, sample_rate: int = SAMPLE_RATE) -> Tensor:
+    """Any file that soundfile reads -> wav (S,) float32 in [-1, 1], channels averaged, resampled.
+
+    Raises InputError when the file cannot be read, holds no samples, or holds values that are not numbers."""
+    try:
+        with sf.SoundFile(path) as file:
+            rate = file.samplerate
+            blocks = [block.mean(1) for block in file.blocks(1 << 20, dtype="float32", always_2d=True)]
+    except (sf.LibsndfileError, OSError, RuntimeError) as error:
+        raise InputError(f"{path}: not readable as audio ({str(error).splitlines()[0]})") from None
+    wav = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+    if not len(wav):
+        raise InputError(f"{path}: holds no samples")
+    if not np.isfinite(wav).all():
+        raise InputError(f"{path}: holds samples that are not numbers (NaN or infinity)")
+    wav = torch.from_numpy(wav)
+    return wav if rate == sample_rate else torchaudio.functional.resample(wav, rate, sample_rate)
+
+
+def corpus_subsets(corpus: str, train: tuple, dev: tuple, test: tuple = ()) -> tuple[Path, tuple, tuple, tuple]:
+    """Corpus name or folder and the subsets asked for -> folder and subsets; named corpora are made or fetched."""
+    folder, *defaults = CORPORA.get(corpus, (Path(corpus), ("train",), ("dev",), ("test",)))
+    chosen = [tuple(asked) or default for asked, default in zip((train, dev, test), defaults)]
+    wanted = [name for names in chosen for name in names]
+    if corpus == "synthetic":
+        make_synthetic(folder)
+    elif corpus in CORPORA:
+        for name in wanted:
+            fetch_librispeech(folder, name)
+    elif not folder.is_dir():
+        raise InputError(f"--corpus {corpus}: no such folder, and no corpus of that name; known: {', '.join(CORPORA)}")
+    return folder, *chosen
+
+
+def find_audio(folder: Path, subset: str) -> list[Path]:
+    """The audio files of a subset: of its folder (however deep), or of its manifest <subset>.jsonl."""
+    if (folder / subset).is_dir():
+        return sorted(path for path in (folder / subset).rglob("*") if path.suffix.lower() in AUDIO_ENDINGS)
+    if (folder / f"{subset}.jsonl").is_file():
+        rows = (json.loads(line) for line in (folder / f"{subset}.jsonl").read_text("utf-8-sig").splitlines() if line.strip())
+        return [folder / row["audio_filepath"] for row in rows]
+    raise InputError(f"{folder}: has neither a folder {subset}/ nor a manifest {subset}.jsonl; it holds: "
+                     + (", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"))
+
+
+def fetch_librispeech(folder: Path, subset: str) -> None:
+    """Download one subset into folder/<subset>, unless it is there. Unpacked elsewhere first: never half a subset."""
+    if (folder / subset).is_dir():
+        return
+    partial = folder.parent / f"partial-{subset}"
+    partial.mkdir(parents=True, exist_ok=True)
+    if subset in MINI_MD5:
+        archive = download(f"{MINI}{subset}.tar.gz", partial / f"{subset}.tar.gz", MINI_MD5[subset])
+        print(f"unpacking {archive.name}")
+        with tarfile.open(archive) as tar:
+            tar.extractall(partial, filter="data")      # refuses links and paths that lead outside
+    else:
+        torchaudio.datasets.LIBRISPEECH(partial, subset, download=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    os.replace(partial / "LibriSpeech" / subset, folder / subset)
+
+
+def download(url: str, path: Path, md5: str) -> Path:
+    """Fetch url to path, continuing where an earlier try stopped; InputError when the checksum is wrong."""
+    start = path.stat().st_size if path.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            start = start if reply.status == 206 else 0
+            total = start + int(reply.headers.get("Content-Length", 0))
+            with open(path, "ab" if start else "wb") as file, \
+                    tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=path.name) as bar:
+                while block := reply.read(1 << 20):
+                    file.write(block)
+                    bar.update(len(block))
+    except urllib.error.HTTPError as error:
+        if error.code != 416:                           # 416: nothing is left to fetch
+            raise InputError(f"{url}: {error}; try again later, or fetch it by hand to {path}") from None
+    except OSError as error:
+        raise InputError(f"{url}: {error}; no network? run again to continue, or fetch it by hand to {path}") from None
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "md5").hexdigest()
+    if found != md5:
+        path.unlink()
+        raise InputError(f"{url}: checksum {found}, expected {md5}; the file was removed, run again to fetch it anew")
+    return path
+
+
+#SYNTH#
+
+
+# ---------------------------------------------------------------------------------------------------- the models
+
+def conv(channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> nn.Module:
+    """Convolution padded so that T steps in give T / stride steps out."""
+    left = (kernel - stride) // 2
+    return nn.Sequential(nn.ConstantPad1d((left, kernel - stride - left), 0.0),
+                         nn.Conv1d(channels_in, channels_out, kernel, stride))
+
+
+class Residual(nn.Module):
+    """y + conv(act(conv(act(y)))), (B, C, T) -> (B, C, T)."""
+
+    def __init__(self, channels: int, inner: int):
+        super().__init__()
+        self.body = nn.Sequential(nn.ELU(), conv(channels, inner, 3), nn.ELU(), conv(inner, channels, 1))
+
+    def forward(self, y: Tensor) -> Tensor:
+        return y + self.body(y)
+
+
+class LogMel(nn.Module):
+    """wav (B, S) -> log-mel (B, M, S / hop): natural log of mel energies. S must be a multiple of hop."""
+
+    def __init__(self, n_fft: int, hop: int, n_mels: int):
+        super().__init__()
+        self.n_fft, self.hop = n_fft, hop
+        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
+        self.register_buffer("bands", torchaudio.functional.melscale_fbanks(
+            n_fft // 2 + 1, 0.0, SAMPLE_RATE / 2, n_mels, SAMPLE_RATE).T.contiguous(), persistent=False)
+
+    def forward(self, wav: Tensor) -> Tensor:
+        left = (self.n_fft - self.hop) // 2     # each frame's window is centred on the samples that it stands for
+        wav = F.pad(wav, (left, self.n_fft - self.hop - left))
+        spectrum = torch.stft(wav, self.n_fft, self.hop, window=self.window, center=False, return_complex=True)
+        return (self.bands @ spectrum.abs().square()).clamp(min=1e-5).log()
+
+
+class MelEncoder(nn.Sequential):
+    """wav (B, S) -> latent (B, D, T). Two log-mel frames make one token frame."""
+
+    def __init__(self, dim: int, strides: tuple, mel_channels: int, blocks: int, **_):
+        hop = math.prod(strides) // 2
+        super().__init__(LogMel(512, hop, 80), Normalise(), conv(80, mel_channels, 4, stride=2),
+                         *(Residual(mel_channels, mel_channels) for _ in range(blocks)),
+                         nn.ELU(), conv(mel_channels, dim, 1), nn.BatchNorm1d(dim, affine=False))
+
+
+class Normalise(nn.Module):
+    """Log-mel of speech to about mean 0, deviation 1; fixed numbers, so that it cannot depend on the batch."""
+
+    def forward(self, mel: Tensor) -> Tensor:
+        return (mel + 4.4) / 4.0
+
+
+class TimeEncoder(nn.Sequential):
+    """wav (B, S) -> latent (B, D, T): SEANet (EnCodec, arXiv 2210.13438) without its LSTM.
+
+    Each stride halves or tenths the time axis and doubles the channels; a residual unit refines the result.
+    SEANet's first residual unit works at the full sample rate, where it costs most: left out."""
+
+    def __init__(self, dim: int, strides: tuple, time_channels: int, **_):
+        layers, channels = [Waveform(), conv(1, time_channels, 7)], time_channels
+        for stride in strides:
+            layers += [nn.ELU(), conv(channels, 2 * channels, 2 * stride, stride), Residual(2 * channels, channels)]
+            channels *= 2
+        super().__init__(*layers, nn.ELU(), conv(channels, dim, 3), nn.BatchNorm1d(dim, affine=False))
+
+
+class Waveform(nn.Module):
+    def forward(self, wav: Tensor) -> Tensor:
+        return 4 * wav[:, None]                 # (B, 1, S), about deviation 0.3: speech recordings are quiet
+
+
+class ConvNeXt(nn.Module):
+    """Depthwise convolution over time, then a two-layer network a frame (Vocos, section 3.2). (B, C, T) -> same."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.depthwise = nn.Conv1d(channels, channels, 7, padding=3, groups=channels)
+        self.frame = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, 3 * channels), nn.GELU(),
+                                   nn.Linear(3 * channels, channels))
+        self.scale = nn.Parameter(torch.full((channels,), 0.3))
+
+    def forward(self, y: Tensor) -> Tensor:
+        return y + (self.frame(self.depthwise(y).transpose(1, 2)) * self.scale).transpose(1, 2)
+
+
+class Decoder(nn.Module):
+    """latent (B, D, T) -> wav (B, T * hop), by predicting the complex spectrum and inverting it.
+
+    The first blocks work at the token rate, where they are cheap and see far; the last ones at a hop of about 100
+    samples, fine enough for pitch pulses."""
+
+    def __init__(self, dim: int, hop: int, decoder_channels: int, blocks: int, **_):
+        super().__init__()
+        self.up = min((n for n in range(1, hop + 1) if hop % n == 0), key=lambda n: abs(hop / n - 100))
+        self.hop = hop // self.up               # samples a spectrum frame
+        self.n_fft = 4 * self.hop
+        wide, slim = decoder_channels, decoder_channels * 3 // 4
+        self.slow = nn.Sequential(conv(dim, wide, 7), *(ConvNeXt(wide) for _ in range(blocks)))
+        self.widen = conv(wide, slim * self.up, 3)
+        self.fast = nn.Sequential(*(ConvNeXt(slim) for _ in range(blocks)))
+        self.head = nn.Sequential(nn.LayerNorm(slim), nn.Linear(slim, 2 * (self.n_fft // 2 + 1)))
+        self.register_buffer("window", torch.hann_window(self.n_fft), persistent=False)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        batch, _, time = latent.shape
+        y = self.widen(self.slow(latent))                                       # (B, slim * up, T)
+        y = y.unflatten(1, (-1, self.up)).transpose(2, 3).flatten(2)            # (B, slim, T * up)
+        log_magnitude, phase = self.head(self.fast(y).transpose(1, 2)).float().chunk(2, dim=-1)
+        spectrum = torch.polar(log_magnitude.clamp(max=5).exp(), phase)         # (B, T * up, n_fft / 2 + 1)
+        frames = torch.fft.irfft(spectrum, self.n_fft) * self.window            # (B, T * up, n_fft)
+        # Overlap-add, divided by what the squared windows sum to.
+        length = (time * self.up - 1) * self.hop + self.n_fft
+        add = dict(output_size=(1, length), kernel_size=(1, self.n_fft), stride=(1, self.hop))
+        wav = F.fold(frames.transpose(1, 2), **add).view(batch, length)
+        weight = F.fold(self.window.square().expand(1, time * self.up, -1).transpose(1, 2), **add).view(1, length)
+        left = (self.n_fft - self.hop) // 2
+        return (wav / weight.clamp(min=1e-3))[:, left:left + time * self.up * self.hop]
+
+
+class Codec(nn.Module):
+    """Encoder, quantizer and decoder.
+
+        codec = Codec.load("runs/codec/codec.pt")
+        tokens, token_len = codec.encode(wav, wav_len)      # (B, S) -> (B, Q, T), (B,), T = ceil(wav_len / hop)
+        wav = codec.decode(tokens)                          # (B, Q, T) -> (B, T * hop)
+    """
+    # Encoding works through windows of one shape, whatever the batch: an utterance's tokens are then the same bits
+    # alone and in any batch (a convolution rounds differently for another shape), memory is bounded however long the
+    # recording, and the working set stays in the processor's cache.
+    window, context = 112, 8                    # token frames kept of each window; frames seen on each side of them
+
+    def __init__(self, settings: CodecSettings):
+        super().__init__()
+        self.settings, sizes = settings, SIZES[settings.size]
+        self.quantizer = (ResidualVQ(128, settings.codebooks) if settings.quantizer == "rvq"
+                          else GroupFSQ(settings.codebooks))
+        encoder = {"mel": MelEncoder, "time": TimeEncoder}[settings.encoder]
+        self.encoder = encoder(self.quantizer.dim, settings.strides, **sizes)
+        self.decoder = Decoder(self.quantizer.dim, settings.hop, **sizes)
+        self.hop, self.sample_rate = settings.hop, SAMPLE_RATE
+
+    @property
+    def frame_rate(self) -> float:
+        """Token frames a second."""
+        return self.sample_rate / self.hop
+
+    @property
+    def bitrate(self) -> float:
+        """Bits a second."""
+        return self.frame_rate * self.quantizer.num_codebooks * math.log2(self.quantizer.codebook_size)
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hex digits that tell this encoder and these codebooks from all others."""
+        digest = hashlib.sha256(repr((self.settings.encoder, self.settings.strides)).encode())
+        for name, value in sorted({**self.encoder.state_dict(), "codebooks": self.quantizer.codebooks()}.items()):
+            digest.update(name.encode() + value.cpu().numpy().tobytes())
+        return digest.hexdigest()[:12]
+
+    def forward(self, wav: Tensor) -> tuple[Tensor, Quantized]:
+        """For training: wav (B, S), S a multiple of hop -> reconstruction (B, S) and what the quantizer says."""
+        quantized = self.quantizer(self.encoder(wav))
+        return self.decoder(quantized.latent), quantized
+
+    def encode(self, wav: Tensor, wav_len: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """wav (B, S) -> tokens (B, Q, T) int64, token_len (B,); steps after token_len are 0."""
+        return self.by_windows(wav, wav_len, lambda part: self.quantizer.encode(self.encoder(part)))
+
+    def latent(self, wav: Tensor, wav_len: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What the quantizer sees: wav (B, S) -> latent (B, D, T), token_len (B,)."""
+        return self.by_windows(wav, wav_len, self.encoder)
+
+    @torch.inference_mode()
+    def by_windows(self, wav: Tensor, wav_len: Tensor | None, encode) -> tuple[Tensor, Tensor]:
+        batch, samples = wav.shape
+        wav_len = torch.full((batch,), samples, device=wav.device) if wav_len is None else wav_len.to(wav.device)
+        token_len = -(-wav_len // self.hop)
+        wav = wav * (torch.arange(samples, device=wav.device) < wav_len[:, None])
+        step, margin = self.window * self.hop, self.context * self.hop
+        count = max(1, -(-samples // step))
+        wav = F.pad(wav, (margin, count * step - samples + margin))
+        parts = wav.unfold(1, step + 2 * margin, step)                          # (B, count, samples a window)
+        needed = (torch.arange(count, device=wav.device) * self.window < token_len[:, None]).nonzero()
+        kept = [encode(parts[which[:, 0], which[:, 1]])[..., self.context:-self.context]
+                for which in needed.split(1 if wav.device.type == "cpu" else 64)]
+        kept = torch.cat(kept) if kept else encode(parts[:1, 0])[:0, :, self.context:-self.context]
+        out = kept.new_zeros(batch, count, *kept.shape[1:])                     # (B, count, Q or D, window)
+        out[needed[:, 0], needed[:, 1]] = kept
+        out = out.transpose(1, 2).flatten(2)[..., :int(token_len.max())]
+        return out * (torch.arange(out.shape[-1], device=out.device) < token_len[:, None, None]), token_len
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """tokens (B, n, T), n <= Q -> wav (B, T * hop)."""
+        return self.decoder(self.quantizer.decode(tokens))
+
+    @classmethod
+    def load(cls, path: str | Path, device: str = "cpu") -> "Codec":
+        """Raises InputError when the file is missing, damaged, or no codec."""
+        saved = load_checkpoint(path, "codec", device)
+        settings = CodecSettings(**saved["settings"])
+        codec = cls(settings)
+        codec.load_state_dict(saved["model"])
+        return codec.to(device).eval()
+
+
+# ---------------------------------------------------------------------------------------------------- losses
+
+class MelDistance(nn.Module):
+    """Distance of log-mel spectrograms at seven resolutions, from sharp in time to sharp in frequency."""
+
+    def __init__(self):
+        super().__init__()
+        self.mels = nn.ModuleList(LogMel(n_fft, n_fft // 4, n_mels) for n_fft, n_mels in
+                                  zip((32, 64, 128, 256, 512, 1024, 2048), (5, 10, 20, 40, 80, 120, 160)))
+
+    def forward(self, wav: Tensor, other: Tensor) -> Tensor:
+        """(B, S), (B, S) -> (): mean of L1 + L2."""
+        total = 0.0
+        for mel in self.mels:
+            length = wav.shape[1] // mel.hop * mel.hop
+            difference = (mel(wav[:, :length]) - mel(other[:, :length])) / 2     # of amplitudes: half that of energies
+            total = total + difference.abs().mean() + difference.square().mean()
+        return total / len(self.mels)
+
+
+class Discriminator(nn.Module):
+    """Judges complex spectrograms at three resolutions (EnCodec, section 3.4): real speech or reconstructed?"""
+
+    def __init__(self, channels: int = 32):
+        super().__init__()
+        self.sizes = (2048, 1024, 512)
+        self.nets = nn.ModuleList(nn.ModuleList([
+            nn.Conv2d(2, channels, (3, 9), padding=(1, 4)),
+            *(nn.Conv2d(channels, channels, (3, 9), (1, 2), (dilation, 4), (dilation, 1)) for dilation in (1, 2, 4)),
+            nn.Conv2d(channels, 1, 3, padding=1)]) for _ in self.sizes)
+
+    def forward(self, wav: Tensor) -> list[list[Tensor]]:
+        """wav (B, S) -> for each resolution the outputs of all layers; the last is the score."""
+        outputs = []
+        for n_fft, layers in zip(self.sizes, self.nets):
+            spectrum = torch.stft(wav, n_fft, n_fft // 4, window=torch.hann_window(n_fft, device=wav.device),
+                                  normalized=True, return_complex=True)
+            y, features = torch.view_as_real(spectrum).permute(0, 3, 2, 1), []  # (B, 2, frames, bins)
+            for layer in layers:
+                y = layer(y)
+                features.append(y)
+                y = F.leaky_relu(y, 0.2)
+            outputs.append(features)
+        return outputs
+
+
+WEIGHTS = {"mel": 1.0, "wave": 0.1, "commit": 1.0, "adversarial": 1.0, "features": 2.0}
+
+
+def generator_losses(discriminator: nn.Module, wav: Tensor, made: Tensor) -> dict[str, Tensor]:
+    """Squared GAN loss and feature matching, mean over resolutions and layers."""
+    with torch.no_grad():
+        real = discriminator(wav)
+    fake = discriminator(made)
+    matching = [(f - r).abs().mean() / r.abs().mean() for fs, rs in zip(fake, real) for f, r in zip(fs[:-1], rs[:-1])]
+    return {"adversarial": sum((fs[-1] - 1).square().mean() for fs in fake) / len(fake),
+            "features": sum(matching) / len(matching)}
+
+
+def discriminator_loss(discriminator: nn.Module, wav: Tensor, made: Tensor) -> Tensor:
+    real, fake = discriminator(wav), discriminator(made.detach())
+    return sum((r[-1] - 1).square().mean() + f[-1].square().mean() for r, f in zip(real, fake)) / len(real)
+
+
+def si_sdr(made: Tensor, wav: Tensor) -> Tensor:
+    """Scale-invariant signal-to-distortion ratio in dB (arXiv 1811.02508). (B, S), (B, S) -> (B,)."""
+    made, wav = made - made.mean(1, keepdim=True), wav - wav.mean(1, keepdim=True)
+    target = wav * ((made * wav).sum(1) / wav.square().sum(1).clamp(min=1e-8))[:, None]
+    return 10 * torch.log10(target.square().sum(1).clamp(min=1e-8) / (made - target).square().sum(1).clamp(min=1e-8))
+
+
+# ---------------------------------------------------------------------------------------------------- training
+
+class Crops:
+    """Random crops of audio files. Batch number n depends on seed and n alone: a resumed run goes on with the same data."""
+
+    def __init__(self, files: list[Path], settings: CodecSettings):
+        self.files, self.seed, self.batch = files, settings.seed, settings.batch
+        self.length = max(1, round(settings.crop * SAMPLE_RATE / settings.hop)) * settings.hop
+        self.cache, self.room = {}, 2 << 30             # decoded audio as int16, up to 2 GiB
+        self.unreadable: dict[Path, str] = {}
+
+    def read(self, path: Path) -> np.ndarray | None:
+        if path not in self.cache and path not in self.unreadable:
+            try:
+                wav = (read_audio(path) * 32767).clamp(-32768, 32767).short().numpy()
+            except InputError as error:
+                self.unreadable[path] = str(error)
+                return None
+            if self.room < wav.nbytes:
+                return wav
+            self.cache[path], self.room = wav, self.room - wav.nbytes
+        return self.cache.get(path)
+
+    @lru_cache(2)
+    def order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.files))
+
+    def crop(self, number: int) -> np.ndarray:
+        """Crop `number` of the run: every file once before any comes again, in a new order each time."""
+        epoch, place = divmod(number, len(self.files))
+        rng = np.random.default_rng((self.seed, 1, number))
+        for attempt in range(1000):                     # an unreadable file is named at the end, its place taken by the next
+            wav = self.read(self.files[self.order(epoch)[(place + attempt) % len(self.files)]])
+            if wav is not None:
+                wav = np.pad(wav, (0, max(0, self.length - len(wav))))
+                start = rng.integers(len(wav) - self.length + 1)
+                return wav[start:start + self.length].astype(np.float32) / 32768
+        raise InputError(f"no readable audio among {len(self.files)} files; the first: {next(iter(self.unreadable.values()))}")
+
+    def __call__(self, step: int, rank: int, world: int) -> Tensor:
+        """This process's share of a step's crops: (batch / world, crop)."""
+        numbers = range(step * self.batch + rank, (step + 1) * self.batch, world)
+        return torch.from_numpy(np.stack([self.crop(number) for number in numbers]))
+
+
+def train(settings: CodecSettings) -> None:
+    device, rank, world = start_processes(settings.device)
+    torch.manual_seed(settings.seed)                    # same weights in all processes
+    folder, train_subsets, dev_subsets, _ = corpus_subsets(settings.corpus, settings.train, settings.dev)
+    files = [path for subset in train_subsets for path in find_audio(folder, subset)]
+    if not files:
+        raise InputError(f"{folder}: no audio in {', '.join(train_subsets)}")
+    codec, out = Codec(settings).to(device), Path(settings.out)
+    nets, mel_distance, crops = [codec], MelDistance().to(device), Crops(files, settings)
+    if settings.adversarial:
+        nets.append(Discriminator().to(device))
+    optimisers = [torch.optim.AdamW(net.parameters(), settings.lr, betas=(0.8, 0.99)) for net in nets]
+    start = resume(out / "codec.pt", settings, nets, optimisers)
+    if rank == 0:
+        print(f"codec: {settings.encoder} encoder, {settings.quantizer}, {codec.frame_rate:g} Hz, {codec.bitrate / 1000:.1f} kbit/s, "
+              f"{sum(p.numel() for p in codec.parameters()) / 1e6:.1f} M parameters; {len(files)} files on {device}")
+        if start:
+            print(f"continuing at step {start} of {settings.steps} ({out / 'codec.pt'})")
+    if world > 1:                                       # codebooks agree by themselves: no broadcast of buffers
+        nets = [nn.parallel.DistributedDataParallel(net, broadcast_buffers=False) for net in nets]
+    recent, bar = [], tqdm(range(start, settings.steps), initial=start, total=settings.steps, disable=rank > 0, desc="codec")
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(crops, start, rank, world)
+        for step in bar:
+            wav, ahead = ahead.result().to(device), reader.submit(crops, step + 1, rank, world)
+            torch.manual_seed((settings.seed * 1_000_000 + step) * world + rank)    # a resumed run draws the same
+            recent.append(train_step(nets, optimisers, mel_distance, wav, step, settings))
+            if (step + 1) % CHECK_EVERY == 0 or step + 1 == settings.steps:
+                log_and_save(recent, step + 1, settings, nets, optimisers, bar, rank)
+                recent.clear()
+    if rank == 0:
+        report(codec, [path for subset in dev_subsets for path in find_audio(folder, subset)][:100], out)
+        for path, why in crops.unreadable.items():
+            print(f"skipped: {why}")
+        print(f"wrote {out / 'codec.pt'}; next: python tokenize_corpus.py --codec {out / 'codec.pt'}")
+
+
+CHECK_EVERY = 100       # steps between log lines; each is also a checkpoint
+
+
+def train_step(nets, optimisers, mel_distance, wav, step: int, settings) -> tuple[dict[str, Tensor], Tensor]:
+    """One step on wav (B, S) -> the losses and the tokens (B, Q, T), left on the device."""
+    warm = min(1.0, (step + 1) / 100)                   # then a half cosine to a twentieth of the peak
+    lr = settings.lr * warm * (0.525 + 0.475 * math.cos(math.pi * step / settings.steps))
+    for optimiser in optimisers:
+        optimiser.param_groups[0]["lr"] = lr
+    made, quantized = nets[0](wav)
+    losses = {"mel": mel_distance(wav, made), "wave": (wav - made).abs().mean(), "commit": quantized.loss}
+    if settings.adversarial:
+        if step % 3 < 2:                                # the discriminator learns in two steps of three
+            step_down(discriminator_loss(nets[1], wav, made), nets[1], optimisers[1])
+        losses.update(generator_losses(nets[1], wav, made))
+    step_down(sum(WEIGHTS[name] * value for name, value in losses.items()), nets[0], optimisers[0])
+    return {name: value.detach() for name, value in losses.items()}, quantized.tokens
+
+
+def step_down(loss: Tensor, net: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+    optimiser.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(net.parameters(), 1.0)     # a click in one file must not throw the run off
+    optimiser.step()
+
+
+def log_and_save(recent, step: int, settings, nets, optimisers, bar, rank: int) -> None:
+    losses = {name: torch.stack([row[name] for row, _ in recent]).mean().item() for name in recent[0][0]}
+    bad = [name for name, value in losses.items() if not math.isfinite(value)]
+    if bad:
+        raise InputError(f"the loss ({', '.join(bad)}) became infinite between steps {step - len(recent)} and {step}; "
+                         f"the last good checkpoint is kept: try a lower --lr or look for odd audio")
+    if rank:
+        return
+    codec = getattr(nets[0], "module", nets[0])
+    tokens = torch.cat([tokens for _, tokens in recent[-50:]])
+    size = codec.quantizer.codebook_size
+    usage, perplexity = usage_and_perplexity(tokens, torch.ones_like(tokens[:, 0]).float(), size)
+    bar.write(f"step {step} | " + " | ".join(f"{name} {value:.3f}" for name, value in losses.items())
+              + f" | codes in use {100 * usage.mean():.0f} % | perplexity {perplexity.mean():.0f} of {size}"
+              + f" | {bar.format_dict['rate'] or 0:.1f} steps/s")
+    out = Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "log.jsonl", "a") as log:
+        log.write(json.dumps({"step": step, **losses, "usage": usage.tolist(), "perplexity": perplexity.tolist()}) + "\n")
+    save_checkpoint(out / "codec.pt", {"kind": "codec", "settings": asdict(settings), "step": step, "model": codec.state_dict(),
+                                       "discriminator": nets[1].state_dict() if len(nets) > 1 else {},
+                                       "optimisers": [optimiser.state_dict() for optimiser in optimisers]})
+
+
+@torch.inference_mode()
+def report(codec: Codec, files: list[Path], out: Path) -> None:
+    """How well the codec does on whole dev utterances; printed and written to report.json."""
+    codec.eval()
+    device = next(codec.parameters()).device
+    mel_distance, rows, tokens = MelDistance().to(device), [], []
+    for path in files:
+        try:
+            wav = read_audio(path)[None, :30 * SAMPLE_RATE].to(device)
+        except InputError as error:
+            print(f"skipped: {error}")
+            continue
+        tokens.append(codec.encode(wav)[0])
+        made = codec.decode(tokens[-1])[:, :wav.shape[1]]
+        rows.append((mel_distance(wav, made).item(), si_sdr(made, wav).item()))
+    if not rows:
+        return print("no readable dev audio: no report")
+    tokens = torch.cat(tokens, 2)                       # (1, Q, all frames)
+    size = codec.quantizer.codebook_size
+    usage, perplexity = usage_and_perplexity(tokens, torch.ones_like(tokens[:, 0]).float(), size)
+    mel, sdr = np.mean(rows, 0)
+    print(f"dev ({len(rows)} files): mel distance {mel:.3f} | SI-SDR {sdr:.1f} dB | {codec.bitrate / 1000:.2f} kbit/s")
+    for level in range(codec.quantizer.num_codebooks):
+        print(f"  codebook {level}: {100 * usage[level]:.0f} % of {size} codes in use, perplexity {perplexity[level]:.0f}")
+    if perplexity.min() < 0.02 * size:
+        print("  a codebook has collapsed: a few codes stand for nearly everything. Is the audio silent, or all alike? "
+              "Otherwise try more --steps, a lower --lr, or --quantizer fsq, which cannot collapse.")
+    result = {"files": len(rows), "mel_distance": mel, "si_sdr": sdr, "bitrate": codec.bitrate, "frame_rate": codec.frame_rate,
+              "usage": usage.tolist(), "perplexity": perplexity.tolist(), "fingerprint": codec.fingerprint}
+    write_atomically(out / "report.json", json.dumps(result, indent=1).encode())
+
+
+def reconstruct(settings: CodecSettings) -> None:
+    if len(settings.reconstruct) != 2:
+        raise InputError("--reconstruct takes two paths: IN OUT")
+    source, target = settings.reconstruct
+    codec = Codec.load(Path(settings.out) / "codec.pt", pick_device(settings.device))
+    wav = read_audio(source)
+    tokens, _ = codec.encode(wav[None].to(next(codec.parameters()).device))
+    made = codec.decode(tokens)[0, :len(wav)].cpu().clamp(-1, 1)
+    sf.write(target, made.numpy(), SAMPLE_RATE)
+    print(f"{source}: {len(wav) / SAMPLE_RATE:.1f} s -> {tokens.numel()} tokens, {codec.bitrate / 1000:.1f} kbit/s -> {target}")
+
+
+# ---------------------------------------------------------------------------------------------------- plumbing
+
+FORMAT = 1              # of checkpoints; raised when their contents change
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """A reader finds the old file or the new one, never a half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **content}, buffer)
+    write_atomically(path, buffer.getbuffer())
+
+
+def load_checkpoint(path: str | Path, kind: str, device: str = "cpu") -> dict:
+    """Raises InputError unless path holds a checkpoint of this kind and format."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; train it first, or give its path")
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        found = saved["kind"], saved["format"]
+    except Exception:                                   # torch raises many types for a damaged file
+        raise InputError(f"{path}: not a checkpoint of this project, or damaged; delete it to train anew") from None
+    if found != (kind, FORMAT):
+        raise InputError(f"{path}: holds {found[0]} (format {found[1]}), expected {kind} (format {FORMAT})")
+    return saved
+
+
+def resume(path: Path, settings: CodecSettings, nets: list[nn.Module], optimisers: list) -> int:
+    """Load an earlier checkpoint where there is one -> the step to start at."""
+    if not path.exists():
+        return 0
+    saved = load_checkpoint(path, "codec")
+    free = {"device", "out", "reconstruct"}             # may differ between a run and its continuation
+    for name, value in asdict(settings).items():
+        before = saved["settings"].get(name)
+        if name not in free and (tuple(before) if isinstance(before, list) else before) != value:
+            raise InputError(f"{path} was trained with --{name} {before}, now {value}: give another --out, or delete the file")
+    for net, state in zip(nets, (saved["model"], saved["discriminator"])):
+        net.load_state_dict(state)
+    for optimiser, state in zip(optimisers, saved["optimisers"]):
+        optimiser.load_state_dict(state)
+    return saved["step"]
+
+
+def pick_device(name: str) -> str:
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def start_processes(device: str) -> tuple[torch.device, int, int]:
+    """-> device, rank, number of processes; more than one where torchrun started this script."""
+    device, world = pick_device(device), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+    return torch.device(device), int(os.environ.get("RANK", 0)), world
+
+
+def parse(settings: type, description: str, arguments: list[str] | None = None):
+    """Command-line flags from the fields of a settings class -> an instance of it."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for item in fields(settings):
+        more = dict(item.metadata)
+        several = isinstance(item.default, tuple)
+        more.setdefault("type", type(item.default))
+        if more["type"] is bool:
+            more.update(type=None, action=argparse.BooleanOptionalAction)
+        elif several:
+            more.update(nargs="+")
+        shown = " ".join(map(str, item.default)) if several else item.default
+        more["help"] += f" (default: {shown})" if shown not in ("", None) else ""
+        parser.add_argument("--" + item.name.replace("_", "-"), default=item.default, **{k: v for k, v in more.items() if v is not None})
+    values = vars(parser.parse_args(arguments))
+    return settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def run(main) -> None:
+    """Call main; bad input, Ctrl-C and a full disk end in one line instead of a traceback."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues at the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        print(f"error: {error.filename or ''}: {error.strerror or error}; what was finished before is kept", file=sys.stderr)
+        sys.exit(2)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    settings = parse(CodecSettings, __doc__, arguments)
+    if settings.reconstruct:
+        reconstruct(settings)
+    else:
+        train(settings)
+
+
+if __name__ == "__main__":
+    run(main)

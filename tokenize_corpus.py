@@ -1,0 +1,323 @@
+"""Stage 2: encode a corpus with a trained codec, once, into small files of tokens.
+
+in   a corpus with transcripts, and runs/codec/codec.pt
+out  runs/tokens/meta.json              which codec, frame rate, Q, K, D, subsets
+     runs/tokens/codebooks.npy          (Q, K, D) float32: what the recogniser's embedding starts from
+     runs/tokens/<subset>.jsonl         a row an utterance: id, text, lang, duration, frames, audio, array
+     runs/tokens/<subset>/<id>.npy      tokens (T, Q) int16
+     runs/tokens/<subset>.skipped.txt   what could not be used, and why
+
+    python tokenize_corpus.py                                   # after codec.py
+    python tokenize_corpus.py --features mel --out runs/mel     # the log-mel baseline, in the same layout
+
+Legend: B utterances, S samples, T token frames, Q codebooks, K codes, D feature size.
+Dhawan et al., arXiv 2407.03495, section 3: the recogniser never sees audio, only these files.
+"""
+
+import io
+import json
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import soundfile as sf
+import torch
+import torchaudio
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from codec import (AUDIO_ENDINGS, SAMPLE_RATE, Codec, InputError, LogMel, corpus_subsets, find_audio, option, parse,
+                   pick_device, read_audio, run, write_atomically)
+
+
+@dataclass
+class TokenSettings:
+    corpus: str = option("synthetic", "synthetic, mini-librispeech, librispeech, or a folder with transcripts")
+    train: tuple = option((), "subsets to train on", type=str)
+    dev: tuple = option((), "subsets to choose the best epoch on", type=str)
+    test: tuple = option((), "subsets to judge on", type=str)
+    codec: str = option("runs/codec/codec.pt", "trained codec, or `encodec`")
+    features: str = option("tokens", "tokens, or what they are compared with: the codec's latent, log-mel",
+                           choices=("tokens", "latent", "mel"))
+    hop: int = option(400, "samples a frame of --features mel: 400 = 40 Hz as the tokens, 160 = the usual 10 ms")
+    speeds: tuple = option((), "also copies of the train subsets at these speeds, such as 0.9 1.1", type=float)
+    noise: tuple = option((), "kinds for noisy copies: white, pink, babble, or folders of audio", type=str)
+    snr: tuple = option((0.0, 20.0), "LOW HIGH: range of the noisy copies' signal-to-noise ratio in dB", type=float)
+    copies: int = option(1, "noisy copies of each train utterance, where --noise is given")
+    workers: int = option(1, "processes that read audio while the codec works")
+    seed: int = option(0, "random seed of the noise")
+    device: str = option("auto", "auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"))
+    out: str = option("runs/tokens", "folder to write")
+
+
+class Utterance(NamedTuple):
+    id: str
+    text: str
+    lang: str
+    audio: Path
+    duration: float         # seconds of the result: after a change of speed
+    copy_of: str = ""       # id of the original, for copies
+    speed: float = 1.0
+    noisy: bool = False
+
+
+# ---------------------------------------------------------------------------------------------------- transcripts
+
+def read_subset(folder: Path, subset: str) -> tuple[list[Utterance], list[str]]:
+    """A subset in LibriSpeech layout, or a manifest -> utterances, and a line on each thing that cannot be used."""
+    manifest = folder / f"{subset}.jsonl"
+    found, skipped = read_manifest(manifest) if manifest.is_file() else read_librispeech(folder, subset)
+    kept: dict[str, Utterance] = {}
+    for name, text, lang, audio in found:
+        text = " ".join(text.replace("\ufeff", "").split())
+        try:
+            if not text:
+                raise InputError(f"{audio}: its transcript is empty")
+            if name in kept:
+                raise InputError(f"{audio}: id {name} was seen before ({kept[name].audio})")
+            info = sf.info(audio)
+            kept[name] = Utterance(name, text, lang, audio, info.frames / info.samplerate)
+        except InputError as error:
+            skipped.append(str(error))
+        except (sf.LibsndfileError, OSError, RuntimeError, ZeroDivisionError) as error:
+            skipped.append(f"{audio}: " + ("no such file" if not audio.exists() else
+                                           f"not readable as audio ({str(error).splitlines()[0]})"))
+    return list(kept.values()), skipped
+
+
+def read_librispeech(folder: Path, subset: str) -> tuple[list[tuple], list[str]]:
+    """speaker/chapter/*.trans.txt, whose lines are an id and its words; audio files lie beside it."""
+    audio, found, skipped = {path.stem: path for path in find_audio(folder, subset)}, [], []
+    for path in sorted((folder / subset).rglob("*.trans.txt")):
+        for line in path.read_text("utf-8-sig", errors="replace").splitlines():
+            name, _, text = line.strip().replace("\t", " ").partition(" ")
+            if name in audio:
+                found.append((name, text, "", audio[name]))
+            elif name:
+                skipped.append(f"{path}: {name} has no audio file")
+    with_text = {row[0] for row in found}
+    skipped += [f"{path}: no transcript names it" for name, path in audio.items() if name not in with_text]
+    return found, skipped
+
+
+def read_manifest(manifest: Path) -> tuple[list[tuple], list[str]]:
+    """JSON lines: audio_filepath (relative to the manifest), text, and perhaps lang and duration."""
+    found, skipped = [], []
+    for number, line in enumerate(manifest.read_text("utf-8-sig", errors="replace").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            path, text, lang = row["audio_filepath"], row["text"], row.get("lang", "")
+            # The id becomes a file name: whatever the path held, it cannot lead out of --out.
+            name = re.sub(r"[^\w-]+", "-", str(Path(path).with_suffix(""))).strip("-")
+            found.append((name, str(text), str(lang), manifest.parent / path))
+        except (ValueError, KeyError, TypeError) as error:
+            skipped.append(f"{manifest}: line {number} is not a row with audio_filepath and text ({error!r})")
+    return found, skipped
+
+
+# ---------------------------------------------------------------------------------------------------- noise
+
+class Noise:
+    """Adds one kind of noise at a random signal-to-noise ratio; which, follows from the seed and the utterance's id."""
+
+    def __init__(self, kinds: tuple, snr: tuple, speakers: list[Path], seed: int):
+        """speakers: files that babble is made of."""
+        self.kinds, self.snr, self.seed, self.speakers = kinds, snr, seed, speakers
+        self.files = {kind: sorted(path for path in Path(kind).rglob("*") if path.suffix.lower() in AUDIO_ENDINGS)
+                      for kind in kinds if kind not in ("white", "pink", "babble")}
+        for kind, files in self.files.items():
+            if not files:
+                raise InputError(f"--noise {kind}: not white, pink or babble, and no folder with audio files")
+
+    def __call__(self, wav: Tensor, name: str) -> Tensor:
+        """wav (S,) -> (S,)."""
+        rng = np.random.default_rng([self.seed, *name.encode()])
+        kind, snr = self.kinds[rng.integers(len(self.kinds))], rng.uniform(*self.snr)
+        noise = torch.from_numpy(self.make(kind, len(wav), name, rng)).float()
+        gain = (wav.square().mean() / noise.square().mean().clamp(min=1e-10)).sqrt() * 10 ** (-snr / 20)
+        return wav + gain * noise
+
+    def make(self, kind: str, length: int, name: str, rng: np.random.Generator) -> np.ndarray:
+        if kind in ("white", "pink"):
+            white = rng.standard_normal(length)
+            if kind == "white":
+                return white
+            spectrum = np.fft.rfft(white)               # pink: power falls as 1 / frequency
+            return np.fft.irfft(spectrum / np.sqrt(np.maximum(np.arange(len(spectrum)), 1)), length)
+        if kind == "babble":                            # six other voices; LibriSpeech ids begin with the speaker
+            others = [path for path in self.speakers if path.stem.split("-")[0] != name.split("-")[0]] or self.speakers
+            return sum(self.stretch(others[i], length, rng) for i in rng.choice(len(others), 6))
+        files = self.files[kind]
+        return self.stretch(files[rng.integers(len(files))], length, rng)
+
+    @staticmethod
+    def stretch(path: Path, length: int, rng: np.random.Generator) -> np.ndarray:
+        """A random stretch of a file, repeated where it is too short; its level set to 1."""
+        wav = read_audio(path).numpy()
+        wav = np.roll(wav, rng.integers(len(wav)))
+        return np.resize(wav, length) / max(1e-5, float(np.sqrt(np.mean(wav ** 2))))
+
+
+# ---------------------------------------------------------------------------------------------------- encoding
+
+class Mel:
+    """Log-mel features behind the same interface as a codec's."""
+    fingerprint, sample_rate = "mel", SAMPLE_RATE
+
+    def __init__(self, hop: int, device: str):
+        self.hop, self.mel = hop, LogMel(512, hop, 80).to(device)
+
+    def __call__(self, wav: Tensor, wav_len: Tensor) -> tuple[Tensor, Tensor]:
+        """wav (B, S) -> (B, M, T), token_len (B,)."""
+        return self.mel(torch.nn.functional.pad(wav, (0, -wav.shape[1] % self.hop))), -(-wav_len // self.hop)
+
+
+class Audio(Dataset):
+    """Reads (and degrades) utterances in worker processes; an unreadable one comes back as its error."""
+
+    def __init__(self, utterances: list[Utterance], noise: Noise | None):
+        self.utterances, self.noise = utterances, noise
+
+    def __len__(self) -> int:
+        return len(self.utterances)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+        item = self.utterances[index]
+        try:
+            wav = read_audio(item.audio)
+            if item.speed != 1.0:                       # as sox does it: faster is also higher
+                wav = torchaudio.functional.resample(wav, round(SAMPLE_RATE * item.speed / 100), SAMPLE_RATE // 100)
+            return index, self.noise(wav, item.id) if item.noisy else wav
+        except InputError as error:
+            return index, str(error)
+
+
+def with_copies(utterances: list[Utterance], settings: TokenSettings) -> list[Utterance]:
+    """The utterances, and their copies at other speeds and in noise."""
+    everything = list(utterances)
+    for speed in settings.speeds:
+        everything += [item._replace(id=f"{item.id}-speed{speed:g}", copy_of=item.id, speed=speed, duration=item.duration / speed)
+                       for item in utterances]
+    for copy in range(settings.copies if settings.noise else 0):
+        everything += [item._replace(id=f"{item.id}-noise{copy}", copy_of=item.id, noisy=True) for item in utterances]
+    return everything
+
+
+def batches(utterances: list[Utterance], seconds: float) -> list[list[int]]:
+    """Indices in batches of like length, each of at most so many padded seconds (or one utterance)."""
+    order = sorted(range(len(utterances)), key=lambda i: -utterances[i].duration)
+    result, longest = [], 0.0
+    for i in order:
+        if not result or (len(result[-1]) + 1) * longest > seconds:
+            result.append([])
+            longest = utterances[i].duration
+        result[-1].append(i)
+    return result
+
+
+def encode_subset(encode, utterances: list[Utterance], noise: Noise | None, folder: Path, settings, device: str) -> list[str]:
+    """Write folder/<id>.npy for every utterance that has none yet -> lines on those that could not be read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    done = {entry.name for entry in os.scandir(folder)}
+    todo = [item for item in utterances if f"{item.id}.npy" not in done]
+    loader = DataLoader(Audio(todo, noise), batch_sampler=batches(todo, 20 if device == "cpu" else 600),
+                        num_workers=settings.workers, collate_fn=list)
+    skipped, kind = [], {"tokens": torch.int16, "latent": torch.float16, "mel": torch.float16}[settings.features]
+    with ThreadPoolExecutor(1) as writer, tqdm(total=len(todo), desc=folder.name, disable=not todo) as bar:
+        writes = []
+        for batch in loader:
+            bar.update(len(batch))
+            skipped += [wav for _, wav in batch if isinstance(wav, str)]
+            batch = [(index, wav) for index, wav in batch if not isinstance(wav, str)]
+            if not batch:
+                continue
+            wav_len = torch.tensor([len(wav) for _, wav in batch])
+            wav = torch.nn.utils.rnn.pad_sequence([wav for _, wav in batch], batch_first=True)
+            features, lengths = encode(wav.to(device), wav_len.to(device))              # (B, Q or D, T)
+            features = features.transpose(1, 2).to(kind).cpu().numpy()
+            writes += [writer.submit(save_array, folder / f"{todo[index].id}.npy", row[:length])
+                       for (index, _), row, length in zip(batch, features, lengths.tolist())]
+        for write in writes:
+            write.result()                              # a full disk is told here
+    return skipped
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    write_atomically(path, buffer.getbuffer())
+
+
+def write_rows(path: Path, utterances: list[Utterance], folder: Path) -> int:
+    """<subset>.jsonl: a row for every utterance whose array was written -> how many."""
+    rows = []
+    for item in utterances:
+        array = folder / f"{item.id}.npy"
+        if array.exists():
+            frames = np.load(array, mmap_mode="r", allow_pickle=False).shape[0]
+            row = {"id": item.id, "text": item.text, "lang": item.lang, "duration": round(item.duration, 3), "frames": frames,
+                   "audio": str(item.audio.resolve()), "array": f"{folder.name}/{array.name}"}
+            rows.append(row | ({"copy_of": item.copy_of, "noisy": item.noisy} if item.copy_of else {}))
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    return len(rows)
+
+
+@torch.inference_mode()
+def tokenize(settings: TokenSettings) -> None:
+    device, out = pick_device(settings.device), Path(settings.out)
+    folder, train, dev, test = corpus_subsets(settings.corpus, settings.train, settings.dev, settings.test)
+    if settings.features == "mel":
+        codec = encode = Mel(settings.hop, device)
+        shape = {"codebooks": 0, "codebook_size": 0, "dim": 80}
+    else:
+        codec = Codec.load(settings.codec, device)
+        encode = codec.encode if settings.features == "tokens" else codec.latent
+        shape = {"codebooks": codec.quantizer.num_codebooks, "codebook_size": codec.quantizer.codebook_size, "dim": codec.quantizer.dim}
+    meta = {"format": 1, "features": settings.features, "codec": codec.fingerprint, "codec_path": settings.codec,
+            "sample_rate": codec.sample_rate, "hop": codec.hop, **shape,
+            "train": train, "dev": dev, "test": test, "speeds": settings.speeds, "noise": settings.noise}
+    out.mkdir(parents=True, exist_ok=True)
+    check_same_codec(out / "meta.json", meta)
+    write_atomically(out / "meta.json", json.dumps(meta, indent=1).encode())
+    if settings.features == "tokens":
+        save_array(out / "codebooks.npy", codec.quantizer.codebooks().cpu().numpy())
+    for subset in dict.fromkeys((*train, *dev, *test)):
+        utterances, skipped = read_subset(folder, subset)
+        noise = None
+        if subset in train:
+            noise = Noise(settings.noise, settings.snr, [item.audio for item in utterances], settings.seed)
+            utterances = with_copies(utterances, settings)
+        skipped += encode_subset(encode, utterances, noise, out / subset, settings, device)
+        count = write_rows(out / f"{subset}.jsonl", utterances, out / subset)
+        write_atomically(out / f"{subset}.skipped.txt", "".join(f"{line}\n" for line in skipped).encode())
+        hours = sum(item.duration for item in utterances) / 3600
+        print(f"{subset}: {count} utterances, {hours:.2f} hours" + (
+            f"; {len(skipped)} skipped, see {out / subset}.skipped.txt (first: {skipped[0]})" if skipped else ""))
+        if not count:
+            raise InputError(f"{folder / subset}: nothing that can be used")
+    print(f"wrote {out}; next: python train_asr.py --tokens {out}")
+
+
+def check_same_codec(path: Path, meta: dict) -> None:
+    """Tokens of two codecs must not be mixed in one folder."""
+    if path.exists():
+        before = json.loads(path.read_text())
+        for name in ("features", "codec", "hop"):
+            if before[name] != meta[name]:
+                raise InputError(f"{path.parent} holds {before['features']} with {name} {before[name]}, now {meta[name]}: "
+                                 f"give another --out, or delete it")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    tokenize(parse(TokenSettings, __doc__, arguments))
+
+
+if __name__ == "__main__":
+    run(main)
