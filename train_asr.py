@@ -1,0 +1,424 @@
+"""Stage 3: train a CTC Conformer on token files.
+
+in   runs/tokens/               written by tokenize_corpus.py
+out  runs/asr/asr.pt            weights (best epoch on dev), settings, text units; training resumes from it
+     runs/asr/log.jsonl         a row an epoch
+
+    python train_asr.py                                         # synthetic corpus, a few minutes on two CPU cores
+    python train_asr.py --tokens runs/tokens --size small       # LibriSpeech
+
+Legend: B utterances, T token frames, Q codebooks, D feature size, V text units, U text units of an utterance.
+Dhawan et al., arXiv 2407.03495, section 3. The codec is not imported: all that is needed of it is on disk.
+"""
+
+import argparse
+import io
+import json
+import math
+import os
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import jiwer
+import numpy as np
+import sentencepiece
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from asr_model import SIZES, Augment, CodecASR
+
+
+def option(default, help, **more):
+    """A field of a settings class that is also a command-line flag."""
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass
+class TrainSettings:
+    tokens: str = option("runs/tokens", "folder that tokenize_corpus.py wrote")
+    embedding: str = option("codebook", "tables start as the codec's codebooks, or at random", choices=("codebook", "random"))
+    aggregate: str = option("sum", "how the rows of the Q tables become one vector", choices=("sum", "mean", "stack"))
+    codebooks: int = option(0, "use only the first N codebooks (0: all)")
+    time_masks: int = option(4, "spans of time hidden, each up to 5 %% of an utterance")
+    codebook_masks: int = option(2, "codebooks hidden, each over up to half of an utterance")
+    feature_masks: int = option(2, "bands of the embedding hidden, each up to a third")
+    replace: float = option(0.0, "share of tokens replaced by random codes")
+    noisy_embedding: float = option(0.0, "alpha of the noise added to embeddings (NEFTune)")
+    noisy_share: float = option(0.5, "share of utterances taken from their noisy copies, where the tokens have any")
+    curriculum: int = option(0, "steps over which masks, replacement, noise and noisy copies ramp up (0: all from the start)")
+    units: str = option("char", "text units", choices=("char", "unigram", "bpe"))
+    vocab_size: int = option(256, "text units of --units unigram and bpe")
+    lang_token: bool = option(False, "begin each transcript with a token that names its language")
+    size: str = option("tiny", "width and depth of the Conformer", choices=tuple(SIZES))
+    subsampling: int = option(1, "steps of the input merged into one: 4 for 10 ms log-mel, 2 for 80 Hz tokens", choices=(1, 2, 4))
+    dropout: float = option(0.1, "dropout of the Conformer")
+    epochs: int = option(30, "passes over the training utterances")
+    batch: float = option(40.0, "padded seconds of speech a step, over all processes")
+    lr: float = option(2e-3, "peak learning rate of AdamW")
+    seed: int = option(0, "random seed of weights, data order and masks")
+    device: str = option("auto", "auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"))
+    compile: bool = option(False, "torch.compile: slower to start, faster after")
+    out: str = option("runs/asr", "folder to write")
+
+
+class InputError(ValueError):
+    """Bad input, told in one line: what, where, what to do. The script prints it and exits with code 2."""
+
+
+# ---------------------------------------------------------------------------------------------------- text units
+
+class Text:
+    """Transcripts to unit ids and back; id 0 is sentencepiece's <unk>, which is never a target: it serves as the CTC blank."""
+
+    def __init__(self, model: bytes):
+        self.model, self.units = model, sentencepiece.SentencePieceProcessor(model_proto=model)
+
+    @classmethod
+    def train(cls, rows: list[dict], settings: TrainSettings) -> "Text":
+        model = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(row["text"] for row in rows), model_writer=model, model_type=settings.units,
+                vocab_size=settings.vocab_size if settings.units != "char" else 8000, hard_vocab_limit=False,
+                character_coverage=1.0, normalization_rule_name="identity", minloglevel=2,
+                unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1,
+                user_defined_symbols=sorted({f"<{row['lang']}>" for row in rows}) if settings.lang_token else [])
+        except RuntimeError as error:
+            raise InputError(f"--units {settings.units} --vocab-size {settings.vocab_size}: {str(error).splitlines()[-1]}") from None
+        return cls(model.getvalue())
+
+    def encode(self, text: str) -> list[int]:
+        """Unknown characters become id 0; the caller counts and drops them."""
+        return self.units.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.units.decode(ids)
+
+    def __len__(self) -> int:
+        return self.units.get_piece_size()
+
+    def greedy(self, log_probs: Tensor, out_len: Tensor) -> list[str]:
+        """Best unit a frame, repeats merged, blanks dropped. log_probs (B, T, V) -> B texts."""
+        best = log_probs.argmax(-1)                                             # (B, T)
+        keep = F.pad(best[:, 1:] != best[:, :-1], (1, 0), value=True) & (best != 0)
+        return [self.decode(row[flag][:].tolist()) for row, flag in
+                ((row[:n], flag[:n]) for row, flag, n in zip(best.cpu(), keep.cpu(), out_len.tolist()))]
+
+
+# ---------------------------------------------------------------------------------------------------- data
+
+def read_meta(folder: str | Path) -> dict:
+    try:
+        return json.loads((Path(folder) / "meta.json").read_text())
+    except (OSError, ValueError):
+        raise InputError(f"{folder}: no tokens here (meta.json is missing or damaged); run tokenize_corpus.py first") from None
+
+
+class TokenSet:
+    """All arrays of some subsets in one tensor in memory, cut into batches without a loop over utterances."""
+
+    def __init__(self, folder: str | Path, subsets: list[str], codebooks: int = 0):
+        self.rows, arrays = [], []
+        for subset in subsets:
+            path = Path(folder) / f"{subset}.jsonl"
+            if not path.is_file():
+                raise InputError(f"{path}: no such subset; this folder has {', '.join(sorted(p.stem for p in Path(folder).glob('*.jsonl')))}")
+            self.rows += [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        for row in self.rows:
+            try:
+                array = np.load(Path(folder) / row["array"], allow_pickle=False)
+            except (OSError, ValueError) as error:
+                raise InputError(f"{Path(folder) / row['array']}: {error}; delete it and run tokenize_corpus.py again") from None
+            arrays.append(torch.from_numpy(array[:, :codebooks] if codebooks else array))
+        self.lengths = torch.tensor([len(array) for array in arrays])
+        self.starts = self.lengths.cumsum(0) - self.lengths
+        self.flat = torch.cat(arrays)                                           # (all frames, Q or D)
+
+    def take(self, which: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Utterance numbers (B,) -> tokens (B, T, Q), token_len (B,)."""
+        lengths = self.lengths[which]
+        at = torch.arange(int(lengths.max())).expand(len(which), -1)
+        tokens = self.flat[(self.starts[which, None] + at).clamp(max=len(self.flat) - 1)]
+        tokens[at >= lengths[:, None]] = 0
+        if device.type == "cuda":
+            tokens = tokens.pin_memory()
+        return tokens.to(device, non_blocking=True), lengths.to(device, non_blocking=True)
+
+    def batches(self, which: Tensor, frames: int, generator: torch.Generator | None) -> list[Tensor]:
+        """Cut utterances into batches of like length with at most `frames` padded frames each; shuffled if asked."""
+        lengths = self.lengths[which].float()
+        if generator:                                                           # other neighbours in every epoch
+            lengths = lengths * (1 + 0.1 * torch.rand(len(which), generator=generator))
+        order, groups = which[lengths.argsort()].tolist(), []
+        for i in order:
+            longest = max(longest, int(self.lengths[i])) if groups else int(self.lengths[i])
+            if not groups or (len(groups[-1]) + 1) * longest > frames:
+                groups.append([])
+                longest = int(self.lengths[i])
+            groups[-1].append(i)
+        if generator:
+            groups = [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
+        return [torch.tensor(group) for group in groups]
+
+
+class TrainSet(TokenSet):
+    """Adds targets, and picks one variant of each utterance an epoch: the original, another speed, or a noisy copy."""
+
+    def __init__(self, settings: TrainSettings, meta: dict, text: Text):
+        super().__init__(settings.tokens, meta["train"], settings.codebooks)
+        self.settings, targets, unknown = settings, [], 0
+        for row in self.rows:
+            ids = text.encode(transcript(row, settings.lang_token))
+            unknown += ids.count(0)
+            targets.append(torch.tensor([i for i in ids if i]))
+        self.targets = targets
+        # CTC needs a frame for each unit and a blank between equal neighbours; zero_infinity would only hide the rest.
+        needed = torch.tensor([len(ids) + int((ids[1:] == ids[:-1]).sum()) for ids in targets])
+        out_len = self.lengths
+        for _ in range(settings.subsampling.bit_length() - 1):
+            out_len = (out_len + 1) // 2
+        fits = (out_len >= needed) & torch.tensor([len(ids) > 0 for ids in targets])
+        self.dropped = [row["id"] for row, ok in zip(self.rows, fits) if not ok]
+        self.variants: dict[str, dict[bool, list[int]]] = {}
+        for i, row in enumerate(self.rows):
+            if fits[i]:
+                self.variants.setdefault(row.get("copy_of") or row["id"], {False: [], True: []})[row.get("noisy", False)].append(i)
+        if not self.variants:
+            raise InputError(f"{settings.tokens}: no training utterance is long enough for its transcript at this frame rate")
+
+    def epoch(self, number: int, frames: int, strength: float) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(self.settings.seed * 10_000 + number)
+        draws, picked = torch.rand(len(self.variants), 2, generator=generator).tolist(), []
+        for (noisy, which), kinds in zip(draws, self.variants.values()):
+            kind = bool(kinds[True]) and (noisy < self.settings.noisy_share * strength or not kinds[False])
+            picked.append(kinds[kind][int(which * len(kinds[kind]))])
+        return self.batches(torch.tensor(picked), frames, generator)
+
+
+def transcript(row: dict, lang_token: bool) -> str:
+    return f"<{row['lang']}> {row['text']}" if lang_token else row["text"]
+
+
+# ---------------------------------------------------------------------------------------------------- training
+
+def build_model(settings: dict, meta: dict, vocab_size: int) -> CodecASR:
+    """The model that these settings name, with random weights. settings: a TrainSettings as a dict."""
+    return CodecASR(vocab_size, settings["codebooks"] or meta["codebooks"], meta["codebook_size"], meta["dim"],
+                    settings["aggregate"], settings["size"], settings["subsampling"], settings["dropout"])
+
+
+def train(settings: TrainSettings) -> None:
+    device, rank, world = start_processes(settings.device)
+    meta, out = read_meta(settings.tokens), Path(settings.out)
+    if settings.codebooks > meta["codebooks"]:
+        raise InputError(f"--codebooks {settings.codebooks}: {settings.tokens} has {meta['codebooks']}")
+    saved = load_checkpoint(out / "asr.pt") if (out / "asr.pt").exists() else None
+    if saved:
+        check_same_run(out / "asr.pt", saved, settings, meta)
+        text = Text(bytes(saved["text"].tolist()))
+    else:
+        text = Text.train([row for subset in meta["train"] for row in read_rows(settings.tokens, subset)], settings)
+    data, dev = TrainSet(settings, meta, text), TokenSet(settings.tokens, meta["dev"], settings.codebooks)
+    frames = round(settings.batch * meta["sample_rate"] / meta["hop"])
+    torch.manual_seed(settings.seed)                    # same weights in all processes
+    model = build_model(asdict(settings), meta, len(text))
+    books = None
+    if meta["codebooks"] and settings.embedding == "codebook":
+        books = torch.from_numpy(np.load(Path(settings.tokens) / "codebooks.npy", allow_pickle=False))
+    model.start_from(books, data.flat[torch.randint(len(data.flat), (20_000,))])
+    model.augment = Augment(settings.time_masks, settings.codebook_masks, settings.feature_masks, settings.replace,
+                            settings.noisy_embedding)
+    model.to(device)
+    optimiser = torch.optim.AdamW(model.parameters(), settings.lr, betas=(0.9, 0.98), weight_decay=1e-2)
+    start, step, best = 0, 0, math.inf
+    if saved:
+        start, step, best = saved["epoch"], saved["step"], saved["best"]
+        model.load_state_dict(saved["last"])
+        optimiser.load_state_dict(saved["optimiser"])
+    if rank == 0:
+        print(f"recogniser: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(text)} {settings.units} units; "
+              f"{len(data.variants)} utterances, {len(data.rows)} with copies; on {device}")
+        if data.dropped:
+            print(f"dropped {len(data.dropped)} utterances too short for their transcripts at this frame rate: {', '.join(data.dropped[:5])} ...")
+        if start:
+            print(f"continuing after epoch {start} of {settings.epochs} ({out / 'asr.pt'})")
+    net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    net = torch.compile(net, dynamic=True) if settings.compile else net
+    for epoch in range(start, settings.epochs):
+        began, strength = time.time(), min(1.0, step / settings.curriculum) if settings.curriculum else 1.0
+        groups = data.epoch(epoch, frames, strength)
+        losses, bar = [], tqdm(groups, desc=f"epoch {epoch + 1}/{settings.epochs}", leave=False, disable=rank > 0)
+        for number, group in enumerate(bar):
+            progress = (epoch + number / len(groups)) / settings.epochs
+            model.augment.strength = min(1.0, step / settings.curriculum) if settings.curriculum else 1.0
+            torch.manual_seed((settings.seed * 1_000_000 + step) * world + rank)        # a resumed run draws the same
+            losses.append(train_step(net, optimiser, data, group, settings.lr * rate(progress), device, rank, world))
+            step += 1
+            if step % 20 == 0 and rank == 0:
+                bar.set_postfix_str(f"loss {finite(losses[-1], step, data, group):.2f}")
+        seconds = sum(data.rows[i]["duration"] for group in groups for i in group.tolist())
+        loss = finite(torch.stack(losses).mean(), step, data, group)
+        speed = seconds / (time.time() - began)
+        if rank == 0:
+            wer, cer = judge(model, dev, text, frames, device, settings.lang_token)
+            model_best = cpu_state(model) if cer <= best else saved["model"]
+            best = min(cer, best)
+            row = {"epoch": epoch + 1, "step": step, "loss": loss, "dev_cer": cer, "dev_wer": wer, "lr": settings.lr * rate(progress),
+                   "seconds_a_second": speed, "minutes": (time.time() - began) / 60}
+            print(f"epoch {epoch + 1}/{settings.epochs} | step {step} | loss {loss:.3f} | dev CER {100 * cer:.1f} % | "
+                  f"dev WER {100 * wer:.1f} % | {speed:.0f} s of speech a second", flush=True)
+            saved = {"kind": "asr", "settings": asdict(settings), "meta": meta, "epoch": epoch + 1, "step": step, "best": best,
+                     "text": torch.tensor(list(text.model), dtype=torch.uint8), "model": model_best, "last": cpu_state(model),
+                     "optimiser": optimiser.state_dict()}
+            out.mkdir(parents=True, exist_ok=True)
+            save_checkpoint(out / "asr.pt", saved)
+            with open(out / "log.jsonl", "a") as log:
+                log.write(json.dumps(row) + "\n")
+    if rank == 0:
+        print(f"wrote {out / 'asr.pt'} (best dev CER {100 * best:.1f} %); next: python evaluate.py --asr {out / 'asr.pt'}")
+
+
+def rate(progress: float) -> float:
+    """Learning rate as a share of its peak: warm-up over a twelfth of the run, then a half cosine to 0."""
+    return min(1.0, 12 * progress + 1e-3) * (0.5 + 0.5 * math.cos(math.pi * progress))
+
+
+def train_step(net: nn.Module, optimiser, data: TrainSet, group: Tensor, lr: float, device, rank: int, world: int) -> Tensor:
+    """One optimiser step on the utterances `group` (B,) -> mean CTC loss an utterance, left on the device."""
+    optimiser.param_groups[0]["lr"] = lr
+    mine = group[rank::world] if len(group) >= world else group
+    tokens, token_len = data.take(mine, device)
+    targets = torch.cat([data.targets[i] for i in mine.tolist()]).to(device)
+    target_len = torch.tensor([len(data.targets[i]) for i in mine.tolist()], device=device)
+    with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext():
+        log_probs, out_len = net(tokens, token_len)                             # (B, T', V)
+    # Sum over units, mean over utterances, as in one process: DDP divides the gradients by the number of processes.
+    loss = F.ctc_loss(log_probs.transpose(0, 1), targets, out_len, target_len, reduction="sum") / len(group) * world
+    loss = loss / 100                                                           # an utterance has about a hundred units
+    optimiser.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    optimiser.step()
+    return loss.detach()
+
+
+def finite(loss: Tensor, step: int, data: TrainSet, group: Tensor) -> float:
+    if not math.isfinite(loss.item()):
+        raise InputError(f"the loss became infinite by step {step}, at utterances {', '.join(data.rows[i]['id'] for i in group.tolist()[:8])}; "
+                         f"the checkpoint of the last good epoch is kept: try a lower --lr")
+    return loss.item()
+
+
+@torch.inference_mode()
+def judge(model: CodecASR, dev: TokenSet, text: Text, frames: int, device, lang_token: bool) -> tuple[float, float]:
+    """Greedy decoding of a subset -> WER, CER."""
+    model.eval()
+    refs, hyps = [], []
+    for group in dev.batches(torch.arange(len(dev.rows)), 2 * frames, None):
+        hyps += text.greedy(*model(*dev.take(group, device)))
+        refs += [transcript(dev.rows[i], lang_token) for i in group.tolist()]
+    model.train()
+    return jiwer.wer(refs, hyps), jiwer.cer(refs, hyps)
+
+
+def cpu_state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+
+
+# ---------------------------------------------------------------------------------------------------- plumbing
+
+FORMAT = 1              # of checkpoints; raised when their contents change
+
+
+def read_rows(folder: str | Path, subset: str) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / f"{subset}.jsonl").read_text("utf-8").splitlines()]
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """A reader finds the old file or the new one, never a half of it."""
+    buffer, temporary = io.BytesIO(), path.with_name(f".{path.name}.{os.getpid()}")
+    torch.save({"format": FORMAT, **content}, buffer)
+    try:
+        temporary.write_bytes(buffer.getbuffer())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: str | Path, device: str = "cpu") -> dict:
+    """Raises InputError unless path holds a recogniser of this format."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; train it first, or give its path")
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        found = saved["kind"], saved["format"]
+    except Exception:                                   # torch raises many types for a damaged file
+        raise InputError(f"{path}: not a checkpoint of this project, or damaged; delete it to train anew") from None
+    if found != ("asr", FORMAT):
+        raise InputError(f"{path}: holds {found[0]} (format {found[1]}), expected asr (format {FORMAT})")
+    return saved
+
+
+def check_same_run(path: Path, saved: dict, settings: TrainSettings, meta: dict) -> None:
+    """A run goes on only with what it began with."""
+    for name, value in asdict(settings).items():
+        if name not in ("device", "out", "compile", "tokens") and saved["settings"].get(name) != value:
+            raise InputError(f"{path} was trained with --{name.replace('_', '-')} {saved['settings'].get(name)}, now {value}: "
+                             f"give another --out, or delete the file")
+    if saved["meta"]["codec"] != meta["codec"]:
+        raise InputError(f"{path} was trained on tokens of codec {saved['meta']['codec']}, {settings.tokens} holds those of {meta['codec']}: "
+                         f"give another --out")
+
+
+def pick_device(name: str) -> str:
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def start_processes(device: str) -> tuple[torch.device, int, int]:
+    """-> device, rank, number of processes; more than one where torchrun started this script."""
+    device, world = pick_device(device), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+    return torch.device(device), int(os.environ.get("RANK", 0)), world
+
+
+def parse(settings: type, description: str, arguments: list[str] | None = None):
+    """Command-line flags from the fields of a settings class -> an instance of it."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for item in fields(settings):
+        more = {"type": type(item.default), **item.metadata}
+        if more["type"] is bool:
+            del more["type"]
+            more["action"] = argparse.BooleanOptionalAction
+        more["help"] += f" (default: {item.default})"
+        parser.add_argument("--" + item.name.replace("_", "-"), default=item.default, **more)
+    return settings(**vars(parser.parse_args(arguments)))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    train(parse(TrainSettings, __doc__, arguments))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues after the last finished epoch", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        print(f"error: {error.filename or ''}: {error.strerror or error}; the last finished epoch is kept", file=sys.stderr)
+        sys.exit(2)
