@@ -403,7 +403,10 @@ class LogMel(nn.Module):
 
 
 class MelEncoder(nn.Sequential):
-    """wav (B, S) -> latent (B, D, T). Two log-mel frames make one token frame."""
+    """wav (B, S) -> latent (B, D, T). Two log-mel frames make one token frame.
+
+    The BatchNorm keeps every dimension of the latent spread over the quantizer's range, so that codes are in use from
+    the first step; in evaluation it is a fixed scale."""
 
     def __init__(self, dim: int, strides: tuple, mel_channels: int, blocks: int, **_):
         hop = math.prod(strides) // 2
@@ -422,15 +425,16 @@ class Normalise(nn.Module):
 class TimeEncoder(nn.Sequential):
     """wav (B, S) -> latent (B, D, T): SEANet (EnCodec, arXiv 2210.13438) without its LSTM.
 
-    Each stride halves or tenths the time axis and doubles the channels; a residual unit refines the result.
-    SEANet's first residual unit works at the full sample rate, where it costs most: left out."""
+    Each stride shortens the time axis and doubles the channels; a residual unit refines the result. SEANet's first
+    convolution and residual unit work at the full sample rate, where they cost most: left out."""
 
     def __init__(self, dim: int, strides: tuple, time_channels: int, **_):
-        layers, channels = [Waveform(), conv(1, time_channels, 7)], time_channels
-        for stride in strides:
-            layers += [nn.ELU(), conv(channels, 2 * channels, 2 * stride, stride), Residual(2 * channels, channels)]
+        layers, channels = [Waveform(), conv(1, 2 * time_channels, 8, strides[0])], 2 * time_channels
+        for stride in strides[1:]:
+            layers += [Residual(channels, channels // 2), nn.ELU(), conv(channels, 2 * channels, 2 * stride, stride)]
             channels *= 2
-        super().__init__(*layers, nn.ELU(), conv(channels, dim, 3), nn.BatchNorm1d(dim, affine=False))
+        super().__init__(*layers, Residual(channels, channels // 2), nn.ELU(), conv(channels, dim, 3),
+                         nn.BatchNorm1d(dim, affine=False))
 
 
 class Waveform(nn.Module):
@@ -907,11 +911,11 @@ def parse(settings: type, description: str, arguments: list[str] | None = None):
     return settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
-def run(main) -> None:
-    """Call main; bad input, Ctrl-C and a full disk end in one line instead of a traceback."""
+def run(main, *errors: type) -> None:
+    """Call main; bad input (InputError and errors), Ctrl-C and a full disk end in one line instead of a traceback."""
     try:
         main()
-    except InputError as error:
+    except (InputError, *errors) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

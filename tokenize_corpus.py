@@ -26,8 +26,10 @@ from typing import NamedTuple
 import numpy as np
 import soundfile as sf
 import torch
+import torch.nn.functional as F
 import torchaudio
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -167,16 +169,39 @@ class Noise:
 
 # ---------------------------------------------------------------------------------------------------- encoding
 
-class Mel:
-    """Log-mel features behind the same interface as a codec's."""
-    fingerprint, sample_rate = "mel", SAMPLE_RATE
+class FrontEnd:
+    """What turns audio into the recogniser's input: a codec's tokens, its latent, or log-mel."""
 
-    def __init__(self, hop: int, device: str):
-        self.hop, self.mel = hop, LogMel(512, hop, 80).to(device)
+    def __init__(self, features: str, codec_path: str, hop: int, device: str):
+        """hop: of log-mel; a codec has its own."""
+        self.device = device
+        if features == "mel":
+            self.mel = LogMel(512, hop, 80).to(device)
+            self.encode, self.codebooks, self.type = self.log_mel, None, torch.float16
+            self.meta = {"codec": f"mel-{hop}", "sample_rate": SAMPLE_RATE, "hop": hop, "bitrate": None,
+                         "codebooks": 0, "codebook_size": 0, "dim": 80}
+        else:
+            codec = Codec.load(codec_path, device)
+            quantizer, is_tokens = codec.quantizer, features == "tokens"
+            self.encode, self.type = (codec.encode, torch.int16) if is_tokens else (codec.latent, torch.float16)
+            self.codebooks = quantizer.codebooks() if is_tokens else None
+            self.meta = {"codec": codec.fingerprint, "sample_rate": codec.sample_rate, "hop": codec.hop,
+                         "bitrate": codec.bitrate if is_tokens else None,
+                         "codebooks": quantizer.num_codebooks if is_tokens else 0,
+                         "codebook_size": quantizer.codebook_size, "dim": quantizer.dim}
+        self.meta |= {"format": 1, "features": features, "codec_path": str(codec_path)}
 
-    def __call__(self, wav: Tensor, wav_len: Tensor) -> tuple[Tensor, Tensor]:
+    def log_mel(self, wav: Tensor, wav_len: Tensor) -> tuple[Tensor, Tensor]:
         """wav (B, S) -> (B, M, T), token_len (B,)."""
-        return self.mel(torch.nn.functional.pad(wav, (0, -wav.shape[1] % self.hop))), -(-wav_len // self.hop)
+        return self.mel(F.pad(wav, (0, -wav.shape[1] % self.mel.hop))), -(-wav_len // self.mel.hop)
+
+    @torch.inference_mode()
+    def __call__(self, wavs: list[Tensor]) -> list[np.ndarray]:
+        """wavs, (S,) each -> arrays as they are stored, (T, Q) int16 or (T, D) float16 each."""
+        wav_len = torch.tensor([len(wav) for wav in wavs], device=self.device)
+        features, lengths = self.encode(pad_sequence(wavs, batch_first=True).to(self.device), wav_len)    # (B, Q or D, T)
+        features = features.transpose(1, 2).to(self.type).cpu().numpy()
+        return [row[:length] for row, length in zip(features, lengths.tolist())]
 
 
 class Audio(Dataset):
@@ -222,28 +247,21 @@ def batches(utterances: list[Utterance], seconds: float) -> list[list[int]]:
     return result
 
 
-def encode_subset(encode, utterances: list[Utterance], noise: Noise | None, folder: Path, settings, device: str) -> list[str]:
+def encode_subset(front_end: FrontEnd, utterances: list[Utterance], noise: Noise | None, folder: Path, workers: int) -> list[str]:
     """Write folder/<id>.npy for every utterance that has none yet -> lines on those that could not be read."""
     folder.mkdir(parents=True, exist_ok=True)
     done = {entry.name for entry in os.scandir(folder)}
     todo = [item for item in utterances if f"{item.id}.npy" not in done]
-    loader = DataLoader(Audio(todo, noise), batch_sampler=batches(todo, 20 if device == "cpu" else 600),
-                        num_workers=settings.workers, collate_fn=list)
-    skipped, kind = [], {"tokens": torch.int16, "latent": torch.float16, "mel": torch.float16}[settings.features]
+    loader = DataLoader(Audio(todo, noise), batch_sampler=batches(todo, 20 if front_end.device == "cpu" else 600),
+                        num_workers=workers if todo else 0, collate_fn=list)
+    skipped, writes = [], []
     with ThreadPoolExecutor(1) as writer, tqdm(total=len(todo), desc=folder.name, disable=not todo) as bar:
-        writes = []
         for batch in loader:
-            bar.update(len(batch))
             skipped += [wav for _, wav in batch if isinstance(wav, str)]
-            batch = [(index, wav) for index, wav in batch if not isinstance(wav, str)]
-            if not batch:
-                continue
-            wav_len = torch.tensor([len(wav) for _, wav in batch])
-            wav = torch.nn.utils.rnn.pad_sequence([wav for _, wav in batch], batch_first=True)
-            features, lengths = encode(wav.to(device), wav_len.to(device))              # (B, Q or D, T)
-            features = features.transpose(1, 2).to(kind).cpu().numpy()
-            writes += [writer.submit(save_array, folder / f"{todo[index].id}.npy", row[:length])
-                       for (index, _), row, length in zip(batch, features, lengths.tolist())]
+            good = [(index, wav) for index, wav in batch if not isinstance(wav, str)]
+            for (index, _), array in zip(good, front_end([wav for _, wav in good]) if good else ()):
+                writes.append(writer.submit(save_array, folder / f"{todo[index].id}.npy", array))
+            bar.update(len(batch))
         for write in writes:
             write.result()                              # a full disk is told here
     return skipped
@@ -269,32 +287,23 @@ def write_rows(path: Path, utterances: list[Utterance], folder: Path) -> int:
     return len(rows)
 
 
-@torch.inference_mode()
 def tokenize(settings: TokenSettings) -> None:
-    device, out = pick_device(settings.device), Path(settings.out)
+    out = Path(settings.out)
     folder, train, dev, test = corpus_subsets(settings.corpus, settings.train, settings.dev, settings.test)
-    if settings.features == "mel":
-        codec = encode = Mel(settings.hop, device)
-        shape = {"codebooks": 0, "codebook_size": 0, "dim": 80}
-    else:
-        codec = Codec.load(settings.codec, device)
-        encode = codec.encode if settings.features == "tokens" else codec.latent
-        shape = {"codebooks": codec.quantizer.num_codebooks, "codebook_size": codec.quantizer.codebook_size, "dim": codec.quantizer.dim}
-    meta = {"format": 1, "features": settings.features, "codec": codec.fingerprint, "codec_path": settings.codec,
-            "sample_rate": codec.sample_rate, "hop": codec.hop, **shape,
-            "train": train, "dev": dev, "test": test, "speeds": settings.speeds, "noise": settings.noise}
+    front_end = FrontEnd(settings.features, settings.codec, settings.hop, pick_device(settings.device))
+    meta = front_end.meta | {"train": train, "dev": dev, "test": test, "speeds": settings.speeds, "noise": settings.noise}
     out.mkdir(parents=True, exist_ok=True)
     check_same_codec(out / "meta.json", meta)
     write_atomically(out / "meta.json", json.dumps(meta, indent=1).encode())
-    if settings.features == "tokens":
-        save_array(out / "codebooks.npy", codec.quantizer.codebooks().cpu().numpy())
+    if front_end.codebooks is not None:
+        save_array(out / "codebooks.npy", front_end.codebooks.cpu().numpy())
     for subset in dict.fromkeys((*train, *dev, *test)):
         utterances, skipped = read_subset(folder, subset)
         noise = None
         if subset in train:
             noise = Noise(settings.noise, settings.snr, [item.audio for item in utterances], settings.seed)
             utterances = with_copies(utterances, settings)
-        skipped += encode_subset(encode, utterances, noise, out / subset, settings, device)
+        skipped += encode_subset(front_end, utterances, noise, out / subset, settings.workers)
         count = write_rows(out / f"{subset}.jsonl", utterances, out / subset)
         write_atomically(out / f"{subset}.skipped.txt", "".join(f"{line}\n" for line in skipped).encode())
         hours = sum(item.duration for item in utterances) / 3600

@@ -12,6 +12,7 @@ Dhawan et al., arXiv 2407.03495, section 3. The codec is not imported: all that 
 """
 
 import argparse
+import copy
 import io
 import json
 import math
@@ -107,7 +108,7 @@ class Text:
         """Best unit a frame, repeats merged, blanks dropped. log_probs (B, T, V) -> B texts."""
         best = log_probs.argmax(-1)                                             # (B, T)
         keep = F.pad(best[:, 1:] != best[:, :-1], (1, 0), value=True) & (best != 0)
-        return [self.decode(row[flag][:].tolist()) for row, flag in
+        return [self.decode(row[flag].tolist()) for row, flag in
                 ((row[:n], flag[:n]) for row, flag, n in zip(best.cpu(), keep.cpu(), out_len.tolist()))]
 
 
@@ -135,10 +136,19 @@ class TokenSet:
                 array = np.load(Path(folder) / row["array"], allow_pickle=False)
             except (OSError, ValueError) as error:
                 raise InputError(f"{Path(folder) / row['array']}: {error}; delete it and run tokenize_corpus.py again") from None
-            arrays.append(torch.from_numpy(array[:, :codebooks] if codebooks else array))
+            arrays.append(array[:, :codebooks] if codebooks else array)
+        self.hold(arrays)
+
+    def hold(self, arrays: list[np.ndarray]) -> None:
         self.lengths = torch.tensor([len(array) for array in arrays])
         self.starts = self.lengths.cumsum(0) - self.lengths
-        self.flat = torch.cat(arrays)                                           # (all frames, Q or D)
+        self.flat = torch.from_numpy(np.concatenate(arrays))                    # (all frames, Q or D)
+
+    def with_arrays(self, arrays: list[np.ndarray]) -> "TokenSet":
+        """The same utterances with other arrays."""
+        other = copy.copy(self)
+        other.hold(arrays)
+        return other
 
     def take(self, which: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Utterance numbers (B,) -> tokens (B, T, Q), token_len (B,)."""
@@ -290,7 +300,7 @@ def rate(progress: float) -> float:
 
 
 def train_step(net: nn.Module, optimiser, data: TrainSet, group: Tensor, lr: float, device, rank: int, world: int) -> Tensor:
-    """One optimiser step on the utterances `group` (B,) -> mean CTC loss an utterance, left on the device."""
+    """One optimiser step on the utterances `group` (B,) -> CTC loss a unit, left on the device."""
     optimiser.param_groups[0]["lr"] = lr
     mine = group[rank::world] if len(group) >= world else group
     tokens, token_len = data.take(mine, device)
@@ -298,9 +308,9 @@ def train_step(net: nn.Module, optimiser, data: TrainSet, group: Tensor, lr: flo
     target_len = torch.tensor([len(data.targets[i]) for i in mine.tolist()], device=device)
     with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext():
         log_probs, out_len = net(tokens, token_len)                             # (B, T', V)
-    # Sum over units, mean over utterances, as in one process: DDP divides the gradients by the number of processes.
-    loss = F.ctc_loss(log_probs.transpose(0, 1), targets, out_len, target_len, reduction="sum") / len(group) * world
-    loss = loss / 100                                                           # an utterance has about a hundred units
+    # Nats a text unit, over the utterances of all processes; DDP will divide the gradients by their number.
+    units = sum(len(data.targets[i]) for i in group.tolist())
+    loss = F.ctc_loss(log_probs.transpose(0, 1), targets, out_len, target_len, reduction="sum") / units * world
     optimiser.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(net.parameters(), 1.0)

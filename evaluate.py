@@ -1,0 +1,315 @@
+"""Stage 4: judge, compare, show and use a trained recogniser.
+
+in   runs/asr/asr.pt, and the tokens that it was trained on
+out  runs/eval/report.json, report.md       word and character error rates with intervals, and examples
+
+    python evaluate.py                                                  # the test subsets of the trained run
+    python evaluate.py --audio talk.mp3                                 # transcribe
+    python evaluate.py --noise white babble --snr 20 10 5 0             # audio is degraded, re-encoded, recognised
+    python evaluate.py --compare runs/asr runs/asr-mel                  # one table; is the difference significant?
+
+WER, CER: word and character error rate, (substitutions + deletions + insertions) / reference length.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jiwer
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from codec import SAMPLE_RATE, InputError, option, parse, pick_device, read_audio, run, write_atomically
+from tokenize_corpus import FrontEnd, Noise
+import train_asr
+from train_asr import Text, TokenSet, build_model, load_checkpoint
+
+
+@dataclass
+class EvalSettings:
+    asr: str = option("runs/asr/asr.pt", "trained recogniser")
+    tokens: str = option("", "folder of tokens; empty: the one it was trained on")
+    codec: str = option("", "codec for --audio and --noise; empty: the one that made the tokens")
+    test: tuple = option((), "subsets to judge on; empty: the test subsets of the tokens", type=str)
+    noise: tuple = option((), "also judge in noise: white, pink, babble, or folders of audio", type=str)
+    snr: tuple = option((20.0, 10.0, 5.0, 0.0), "signal-to-noise ratios in dB", type=float)
+    audio: tuple = option((), "transcribe these files, then stop", type=str)
+    beam: int = option(0, "beam search with this many hypotheses (needs flashlight-text); 0: greedy")
+    lm: str = option("", "KenLM language model for --beam")
+    compare: tuple = option((), "run folders (each with an asr.pt): one table of all", type=str)
+    benchmark: bool = option(False, "measure speed instead of accuracy")
+    plots: bool = option(False, "also draw pictures (needs matplotlib)")
+    seed: int = option(0, "random seed of noise and bootstrap")
+    device: str = option("auto", "auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"))
+    out: str = option("runs/eval", "folder to write")
+
+
+# ---------------------------------------------------------------------------------------------------- recognising
+
+class Recogniser:
+    """A trained run, ready for use: arrays in, texts out."""
+
+    def __init__(self, path: str | Path, device: str = "cpu", beam: int = 0, lm: str = ""):
+        saved = load_checkpoint(path, device)
+        self.path, self.device, self.settings, self.meta = Path(path), torch.device(device), saved["settings"], saved["meta"]
+        self.text = Text(bytes(saved["text"].tolist()))
+        self.model = build_model(self.settings, self.meta, len(self.text)).to(device).eval()
+        self.model.load_state_dict(saved["model"])
+        self.search = beam_search(self.text, beam, lm) if beam else self.text.greedy
+
+    def front_end(self, codec: str) -> FrontEnd:
+        """What made its training tokens; InputError when the codec at hand is another one."""
+        front_end = FrontEnd(self.meta["features"], codec or self.meta["codec_path"], self.meta["hop"], str(self.device))
+        if front_end.meta["codec"] != self.meta["codec"]:
+            raise InputError(f"{self.path} was trained on tokens of codec {self.meta['codec']}, "
+                             f"{front_end.meta['codec_path']} is codec {front_end.meta['codec']}: give its own with --codec")
+        return front_end
+
+    @torch.inference_mode()
+    def __call__(self, data: TokenSet) -> tuple[list[str], float]:
+        """-> texts in the order of data.rows, seconds that it took."""
+        texts, began = [""] * len(data.lengths), time.perf_counter()
+        frames = round(80 * self.meta["sample_rate"] / self.meta["hop"])
+        for group in tqdm(data.batches(torch.arange(len(texts)), frames, None), desc="recognising", leave=False):
+            for i, hyp in zip(group.tolist(), self.search(*self.model(*data.take(group, self.device)))):
+                texts[i] = hyp
+        return texts, time.perf_counter() - began
+
+    @torch.inference_mode()
+    def long(self, array: np.ndarray, seconds: float = 20.0, margin: float = 2.0) -> str:
+        """A recording of any length, (T, Q) or (T, D) -> text, in bounded memory.
+
+        Windows overlap by twice the margin; of each only the middle counts. The log-probabilities are joined, frame by
+        frame, before they are decoded: a word at a seam is neither lost nor said twice."""
+        rate = self.meta["sample_rate"] / self.meta["hop"] / self.settings["subsampling"]          # output frames a second
+        keep, edge, sub = round((seconds - 2 * margin) * rate), round(margin * rate), self.settings["subsampling"]
+        total, pieces = -(-len(array) // sub), []
+        for start in tqdm(range(0, total, keep), desc="recognising", leave=False, disable=total < 10 * keep):
+            first = max(0, start - edge)
+            part = torch.from_numpy(array[first * sub:(start + keep + edge) * sub])[None].to(self.device)
+            log_probs, _ = self.model(part[..., :self.settings["codebooks"] or None], torch.tensor([part.shape[1]], device=self.device))
+            pieces.append(log_probs[:, start - first:start - first + keep].cpu())
+        log_probs = torch.cat(pieces, 1)
+        return self.search(log_probs, torch.tensor([log_probs.shape[1]]))[0]
+
+
+def beam_search(text: Text, beam: int, lm: str):
+    """-> a function with the interface of Text.greedy."""
+    try:
+        from torchaudio.models.decoder import ctc_decoder
+        pieces = [text.units.id_to_piece(i) for i in range(len(text))]
+        decoder = ctc_decoder(lexicon=None, tokens=pieces, lm=lm or None, beam_size=beam, blank_token=pieces[0], sil_token="\u2581")
+    except (ImportError, ModuleNotFoundError, RuntimeError) as error:
+        raise InputError(f"--beam: {str(error).splitlines()[0]}; pip install flashlight-text, or leave --beam out") from None
+
+    def search(log_probs: Tensor, out_len: Tensor) -> list[str]:
+        best = decoder(log_probs.float().cpu().contiguous(), out_len.cpu())
+        return [text.decode([i for i in hyps[0].tokens.tolist() if i]) for hyps in best]
+    return search
+
+
+def transcribe(settings: EvalSettings) -> None:
+    recogniser = Recogniser(settings.asr, pick_device(settings.device), settings.beam, settings.lm)
+    front_end, failed = recogniser.front_end(settings.codec), 0
+    for path in settings.audio:
+        try:
+            wav, began = read_audio(path), time.perf_counter()
+        except InputError as error:
+            print(f"skipped: {error}")
+            failed += 1
+            continue
+        print(f"{path}: {recogniser.long(front_end([wav])[0])}")
+        taken = time.perf_counter() - began
+        print(f"  ({len(wav) / SAMPLE_RATE:.1f} s of audio in {taken:.2f} s)")
+    if failed == len(settings.audio):
+        raise InputError("none of the files could be read")
+
+
+# ---------------------------------------------------------------------------------------------------- scoring
+
+class Score:
+    """Errors of each utterance, so that rates, intervals and paired comparisons come from one count."""
+
+    def __init__(self, refs: list[str], hyps: list[str]):
+        self.words, self.kinds = self.count(jiwer.process_words(refs, hyps))
+        self.chars, _ = self.count(jiwer.process_characters(refs, hyps))
+        self.refs, self.hyps = refs, hyps
+
+    @staticmethod
+    def count(result) -> tuple[np.ndarray, dict[str, int]]:
+        """-> (errors, reference length) an utterance (N, 2), and totals of each kind of error."""
+        errors = [sum(max(c.ref_end_idx - c.ref_start_idx, c.hyp_end_idx - c.hyp_start_idx) for c in chunks if c.type != "equal")
+                  for chunks in result.alignments]
+        totals = {"substitutions": result.substitutions, "deletions": result.deletions, "insertions": result.insertions}
+        return np.array([errors, [len(ref) for ref in result.references]]).T, totals
+
+    def summary(self, seed: int = 0) -> dict:
+        return {"utterances": len(self.refs), "wer": rate(self.words), "wer_interval": interval(self.words, seed),
+                "cer": rate(self.chars), "cer_interval": interval(self.chars, seed), "words": int(self.words[:, 1].sum()), **self.kinds}
+
+
+def rate(counts: np.ndarray) -> float:
+    """(..., N, 2) errors and lengths -> error rate."""
+    return float(counts[:, 0].sum() / counts[:, 1].sum())
+
+
+def draws(size: int, seed: int, rounds: int = 1000) -> np.ndarray:
+    """Bootstrap over utterances (Bisani and Ney, 2004): row numbers (rounds, size)."""
+    return np.random.default_rng(seed).integers(size, size=(rounds, size))
+
+
+def interval(counts: np.ndarray, seed: int) -> list[float]:
+    """95 % interval of the error rate."""
+    picked = counts[draws(len(counts), seed)].sum(1)
+    return np.percentile(picked[:, 0] / picked[:, 1], [2.5, 97.5]).tolist()
+
+
+def paired(counts: np.ndarray, others: np.ndarray, seed: int) -> list[float]:
+    """95 % interval of the difference of two error rates on the same utterances; significant when 0 lies outside."""
+    picks = draws(len(counts), seed)
+    one, two = counts[picks].sum(1), others[picks].sum(1)
+    return np.percentile(one[:, 0] / one[:, 1] - two[:, 0] / two[:, 1], [2.5, 97.5]).tolist()
+
+
+def percent(value: float, interval: list[float]) -> str:
+    return f"{100 * value:.1f} ({100 * interval[0]:.1f}-{100 * interval[1]:.1f})"
+
+
+def split_language(text: str) -> tuple[str, str]:
+    """'<en> HELLO' -> 'en', 'HELLO'; no token -> '', text."""
+    if text.startswith("<") and ">" in text:
+        lang, _, rest = text[1:].partition(">")
+        return lang, rest.strip()
+    return "", text
+
+
+# ---------------------------------------------------------------------------------------------------- reports
+
+def judge(recogniser: Recogniser, data: TokenSet, seed: int) -> tuple[Score, dict]:
+    """Recognise and score a subset -> score, summary with real-time factor and languages."""
+    hyps, seconds = recogniser(data)
+    guesses, hyps = zip(*map(split_language, hyps))
+    score = Score([row["text"] for row in data.rows], list(hyps))
+    summary = score.summary(seed)
+    summary["real_time_factor"] = seconds / sum(row["duration"] for row in data.rows)
+    languages = sorted({row["lang"] for row in data.rows} - {""})
+    if len(languages) > 1:
+        of = np.array([row["lang"] for row in data.rows])
+        summary["cer_by_language"] = {lang: rate(score.chars[of == lang]) for lang in languages}
+        summary["cer_language_mean"] = float(np.mean(list(summary["cer_by_language"].values())))
+        if recogniser.settings["lang_token"]:
+            summary["language_accuracy"] = float(np.mean([guess == lang for guess, lang in zip(guesses, of)]))
+    return score, summary
+
+
+HEADER = ("| test | utterances | WER % (95 %) | CER % (95 %) | sub / del / ins | real-time factor |\n"
+          "|---|---|---|---|---|---|\n")
+
+
+def table_row(name: str, s: dict) -> str:
+    return (f"| {name} | {s['utterances']} | {percent(s['wer'], s['wer_interval'])} | {percent(s['cer'], s['cer_interval'])} | "
+            f"{s['substitutions']} / {s['deletions']} / {s['insertions']} | {s['real_time_factor']:.4f} |\n")
+
+
+def examples(score: Score, count: int = 3) -> str:
+    """The worst utterances and some from the middle, reference above hypothesis."""
+    order = np.argsort(-score.chars[:, 0] / score.chars[:, 1].clip(1), kind="stable")
+    lines = []
+    for title, picked in (("worst", order[:count]), ("typical", order[len(order) // 2:][:count])):
+        lines += [f"\n{title}:\n"] + [f"    ref  {score.refs[i]}\n    hyp  {score.hyps[i]}\n\n" for i in picked]
+    return "".join(lines)
+
+
+def evaluate(settings: EvalSettings) -> None:
+    recogniser = Recogniser(settings.asr, pick_device(settings.device), settings.beam, settings.lm)
+    tokens, meta = settings.tokens or recogniser.settings["tokens"], recogniser.meta
+    found = json.loads((Path(tokens) / "meta.json").read_text()) if (Path(tokens) / "meta.json").is_file() else None
+    if not found:
+        raise InputError(f"{tokens}: no tokens here; give their folder with --tokens")
+    if found["codec"] != meta["codec"]:
+        raise InputError(f"{settings.asr} was trained on tokens of codec {meta['codec']}, {tokens} holds those of {found['codec']}")
+    report, page, details = {"asr": settings.asr, "beam": settings.beam, "test": {}}, HEADER, ""
+    for subset in settings.test or found["test"]:
+        data = TokenSet(tokens, [subset], recogniser.settings["codebooks"])
+        score, summary = judge(recogniser, data, settings.seed)
+        report["test"][subset] = summary
+        page += table_row(subset, summary)
+        details += f"\n### {subset}\n" + languages_table(summary) + examples(score)
+        for kind in settings.noise:
+            for snr in settings.snr:
+                noisy = degrade(recogniser, data, kind, snr, settings)
+                _, summary = judge(recogniser, noisy, settings.seed)
+                report["test"][f"{subset}, {kind} {snr:g} dB"] = summary
+                page += table_row(f"{subset}, {kind} {snr:g} dB", summary)
+    out = Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "report.json", json.dumps(report, indent=1).encode())
+    write_atomically(out / "report.md", (page + details).encode())
+    print(details + "\n" + page + f"\nwrote {out / 'report.md'} and report.json")
+
+
+def languages_table(summary: dict) -> str:
+    if "cer_by_language" not in summary:
+        return ""
+    rows = "".join(f"| {lang} | {100 * cer:.1f} |\n" for lang, cer in summary["cer_by_language"].items())
+    accuracy = f"\nlanguage identified: {100 * summary['language_accuracy']:.1f} %\n" if "language_accuracy" in summary else ""
+    return f"\n| language | CER % |\n|---|---|\n{rows}| mean | {100 * summary['cer_language_mean']:.1f} |\n{accuracy}"
+
+
+def degrade(recogniser: Recogniser, data: TokenSet, kind: str, snr: float, settings: EvalSettings) -> TokenSet:
+    """The same utterances with noise added to their audio, encoded anew."""
+    front_end = recogniser.front_end(settings.codec)
+    noise = Noise((kind,), (snr, snr), [Path(row["audio"]) for row in data.rows], settings.seed)
+    arrays = [front_end([noise(read_audio(row["audio"]), row["id"])])[0]
+              for row in tqdm(data.rows, desc=f"{kind} {snr:g} dB", leave=False)]
+    return data.with_arrays([array[:, :recogniser.settings["codebooks"] or None] for array in arrays])
+
+
+def compare(settings: EvalSettings) -> None:
+    """One table of several runs, each against the first, on the same utterances."""
+    runs = [Recogniser(Path(folder) / "asr.pt", pick_device(settings.device)) for folder in settings.compare]
+    everything = [{**run.settings, **{k: run.meta[k] for k in ("features", "codec", "hop", "bitrate")}} for run in runs]
+    differ = [key for key in everything[0] if key not in ("out", "device") and len({str(e.get(key)) for e in everything}) > 1]
+    subsets = settings.test or runs[0].meta["test"]
+    page = f"| run | {' | '.join(differ)} | M parameters | " + " | ".join(f"{s}: WER % | {s}: CER % | CER - first" for s in subsets) + " |\n"
+    page += "|" + "---|" * (page.count("|") - 1) + "\n"
+    report, first = [], {}
+    for folder, recogniser, values in zip(settings.compare, runs, everything):
+        row = {"run": folder, **{key: values.get(key) for key in differ},
+               "parameters": sum(p.numel() for p in recogniser.model.parameters()), "test": {}}
+        cells = [folder, *(str(values.get(key)) for key in differ), f"{row['parameters'] / 1e6:.2f}"]
+        for subset in subsets:
+            data = TokenSet(recogniser.settings["tokens"], [subset], recogniser.settings["codebooks"])
+            score, summary = judge(recogniser, data, settings.seed)
+            base = first.setdefault(subset, score)
+            if base.refs != score.refs:
+                raise InputError(f"{folder}: its {subset} holds other utterances than that of {settings.compare[0]}")
+            low, high = summary["cer_difference"] = paired(score.chars, base.chars, settings.seed)
+            row["test"][subset] = summary
+            verdict = "-" if base is score else f"{100 * low:+.1f} .. {100 * high:+.1f}" + (" *" if low * high > 0 else "")
+            cells += [percent(summary["wer"], summary["wer_interval"]), percent(summary["cer"], summary["cer_interval"]), verdict]
+        report.append(row)
+        page += "| " + " | ".join(cells) + " |\n"
+    page += "\n* significant: the 95 % interval of the difference (paired bootstrap over utterances) leaves out 0.\n"
+    out = Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "compare.json", json.dumps(report, indent=1).encode())
+    write_atomically(out / "compare.md", page.encode())
+    print(page + f"\nwrote {out / 'compare.md'} and compare.json")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    settings = parse(EvalSettings, __doc__, arguments)
+    if settings.audio:
+        transcribe(settings)
+    elif settings.compare:
+        compare(settings)
+    else:
+        evaluate(settings)
+
+
+if __name__ == "__main__":
+    run(main, train_asr.InputError)
