@@ -122,15 +122,20 @@ def corpus_subsets(corpus: str, train: tuple, dev: tuple, test: tuple = ()) -> t
     """Corpus name or folder and the subsets asked for -> folder and subsets; named corpora are made or fetched."""
     folder, *defaults = CORPORA.get(corpus, (Path(corpus), ("train",), ("dev",), ("test",)))
     chosen = [tuple(asked) or default for asked, default in zip((train, dev, test), defaults)]
-    wanted = [name for names in chosen for name in names]
-    if corpus == "synthetic":
-        make_synthetic(folder)
-    elif corpus in CORPORA:
-        for name in wanted:
-            fetch_librispeech(folder, name)
-    elif not folder.is_dir():
+    if corpus not in CORPORA and not folder.is_dir():
         raise InputError(f"--corpus {corpus}: no such folder, and no corpus of that name; known: {', '.join(CORPORA)}")
+    if corpus == "synthetic" and first_process():
+        make_synthetic(folder)
+    elif corpus in CORPORA and first_process():
+        for name in [name for names in chosen for name in names]:
+            fetch_librispeech(folder, name)
+    if dist.is_initialized():
+        dist.barrier()                          # the other processes wait until the corpus is there
     return folder, *chosen
+
+
+def first_process() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def find_audio(folder: Path, subset: str) -> list[Path]:

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import soundfile as sf
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchaudio
 from torch import Tensor
@@ -34,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from codec import (AUDIO_ENDINGS, SAMPLE_RATE, Codec, InputError, LogMel, corpus_subsets, find_audio, option, parse,
-                   pick_device, read_audio, run, write_atomically)
+                   read_audio, run, start_processes, write_atomically)
 
 
 @dataclass
@@ -46,6 +47,7 @@ class TokenSettings:
     codec: str = option("runs/codec/codec.pt", "trained codec, or `encodec`")
     features: str = option("tokens", "tokens, or what they are compared with: the codec's latent, log-mel",
                            choices=("tokens", "latent", "mel"))
+    kbps: float = option(6.0, "bitrate of --codec encodec: 1.5, 3 or 6 kbit/s")
     hop: int = option(400, "samples a frame of --features mel: 400 = 40 Hz as the tokens, 160 = the usual 10 ms")
     speeds: tuple = option((), "also copies of the train subsets at these speeds, such as 0.9 1.1", type=float)
     noise: tuple = option((), "kinds for noisy copies: white, pink, babble, or folders of audio", type=str)
@@ -71,9 +73,13 @@ class Utterance(NamedTuple):
 # ---------------------------------------------------------------------------------------------------- transcripts
 
 def read_subset(folder: Path, subset: str) -> tuple[list[Utterance], list[str]]:
-    """A subset in LibriSpeech layout, or a manifest -> utterances, and a line on each thing that cannot be used."""
-    manifest = folder / f"{subset}.jsonl"
-    found, skipped = read_manifest(manifest) if manifest.is_file() else read_librispeech(folder, subset)
+    """A subset in any of the three layouts -> utterances, and a line on each thing that cannot be used."""
+    if (folder / f"{subset}.jsonl").is_file():
+        found, skipped = read_manifest(folder / f"{subset}.jsonl")
+    elif any(folder.glob(f"*/*/transcript_{subset}.txt")):
+        found, skipped = read_ml_superb(folder, subset)
+    else:
+        found, skipped = read_librispeech(folder, subset)
     kept: dict[str, Utterance] = {}
     for name, text, lang, audio in found:
         text = " ".join(text.replace("\ufeff", "").split())
@@ -124,6 +130,21 @@ def read_manifest(manifest: Path) -> tuple[list[tuple], list[str]]:
     return found, skipped
 
 
+def read_ml_superb(folder: Path, subset: str) -> tuple[list[tuple], list[str]]:
+    """<dataset>/<lang>/transcript_<subset>.txt, whose lines are id, duration (or a filler) and text, and wav/<id>.wav.
+
+    The subsets of ML-SUPERB (arXiv 2305.10615) are called 10min_train, 1h_train, 10min_dev and so on."""
+    found, skipped = [], []
+    for path in sorted(folder.glob(f"*/*/transcript_{subset}.txt")):
+        for line in path.read_text("utf-8-sig", errors="replace").splitlines():
+            parts = line.split(maxsplit=2)
+            if len(parts) == 3 and Path(parts[0]).name == parts[0]:
+                found.append((parts[0], parts[2], path.parent.name, path.parent / "wav" / f"{parts[0]}.wav"))
+            elif parts:
+                skipped.append(f"{path}: '{line[:60]}' is not a line of id, duration and text")
+    return found, skipped
+
+
 # ---------------------------------------------------------------------------------------------------- noise
 
 class Noise:
@@ -169,11 +190,52 @@ class Noise:
 
 # ---------------------------------------------------------------------------------------------------- encoding
 
+class Encodec:
+    """The published EnCodec (pip install encodec; arXiv 2210.13438) behind the interface of our Codec."""
+
+    def __init__(self, kbps: float, device: str, model=None):
+        """kbps: 1.5, 3 or 6 = 2, 4 or 8 codebooks. model: an EncodecModel; None downloads the 24 kHz one."""
+        if model is None:
+            try:
+                from encodec import EncodecModel
+            except ImportError:
+                raise InputError("--codec encodec: pip install encodec, or give the path of a codec of ours") from None
+            try:
+                model = EncodecModel.encodec_model_24khz()
+            except OSError as error:
+                raise InputError(f"--codec encodec: its weights cannot be downloaded ({error})") from None
+        model.set_target_bandwidth(kbps)
+        self.model, self.sample_rate = model.to(device).eval(), model.sample_rate
+        self.num_codebooks = model.quantizer.get_num_quantizers_for_bandwidth(model.frame_rate, kbps)
+        self.hop, self.bitrate = int(np.prod(model.encoder.ratios)), kbps * 1000
+        self.fingerprint = f"encodec-{kbps:g}"
+        self.quantizer = self               # codebooks() and the three sizes below are found where our Codec has them
+
+    def codebooks(self) -> Tensor:
+        return torch.stack([layer._codebook.embed for layer in self.model.quantizer.vq.layers[:self.num_codebooks]])
+
+    @property
+    def dim(self) -> int:
+        return self.codebooks().shape[2]
+
+    @property
+    def codebook_size(self) -> int:
+        return self.codebooks().shape[1]
+
+    def encode(self, wav: Tensor, wav_len: Tensor) -> tuple[Tensor, Tensor]:
+        """wav (B, S) at 16 kHz -> tokens (B, Q, T), token_len. One by one: in EnCodec, padding leaks into the codes."""
+        tokens = []
+        for row, length in zip(wav, wav_len.tolist()):
+            row = torchaudio.functional.resample(row[:length], SAMPLE_RATE, self.sample_rate)
+            tokens.append(self.model.encode(row[None, None])[0][0][0].T)        # (T, Q)
+        return pad_sequence(tokens, batch_first=True).transpose(1, 2), torch.tensor([len(row) for row in tokens])
+
+
 class FrontEnd:
     """What turns audio into the recogniser's input: a codec's tokens, its latent, or log-mel."""
 
-    def __init__(self, features: str, codec_path: str, hop: int, device: str):
-        """hop: of log-mel; a codec has its own."""
+    def __init__(self, features: str, codec_path: str, hop: int, device: str, kbps: float = 6.0):
+        """hop: of log-mel; a codec has its own. kbps: of EnCodec."""
         self.device = device
         if features == "mel":
             self.mel = LogMel(512, hop, 80).to(device)
@@ -181,15 +243,17 @@ class FrontEnd:
             self.meta = {"codec": f"mel-{hop}", "sample_rate": SAMPLE_RATE, "hop": hop, "bitrate": None,
                          "codebooks": 0, "codebook_size": 0, "dim": 80}
         else:
-            codec = Codec.load(codec_path, device)
+            codec = Encodec(kbps, device) if codec_path == "encodec" else Codec.load(codec_path, device)
             quantizer, is_tokens = codec.quantizer, features == "tokens"
+            if not is_tokens and codec_path == "encodec":
+                raise InputError("--features latent: only with a codec of ours, not with encodec")
             self.encode, self.type = (codec.encode, torch.int16) if is_tokens else (codec.latent, torch.float16)
             self.codebooks = quantizer.codebooks() if is_tokens else None
             self.meta = {"codec": codec.fingerprint, "sample_rate": codec.sample_rate, "hop": codec.hop,
                          "bitrate": codec.bitrate if is_tokens else None,
                          "codebooks": quantizer.num_codebooks if is_tokens else 0,
                          "codebook_size": quantizer.codebook_size, "dim": quantizer.dim}
-        self.meta |= {"format": 1, "features": features, "codec_path": str(codec_path)}
+        self.meta |= {"format": 1, "features": features, "codec_path": str(codec_path), "kbps": kbps}
 
     def log_mel(self, wav: Tensor, wav_len: Tensor) -> tuple[Tensor, Tensor]:
         """wav (B, S) -> (B, M, T), token_len (B,)."""
@@ -288,30 +352,49 @@ def write_rows(path: Path, utterances: list[Utterance], folder: Path) -> int:
 
 
 def tokenize(settings: TokenSettings) -> None:
+    device, rank, world = start_processes(settings.device)
     out = Path(settings.out)
     folder, train, dev, test = corpus_subsets(settings.corpus, settings.train, settings.dev, settings.test)
-    front_end = FrontEnd(settings.features, settings.codec, settings.hop, pick_device(settings.device))
+    front_end = FrontEnd(settings.features, settings.codec, settings.hop, str(device), settings.kbps)
     meta = front_end.meta | {"train": train, "dev": dev, "test": test, "speeds": settings.speeds, "noise": settings.noise}
-    out.mkdir(parents=True, exist_ok=True)
     check_same_codec(out / "meta.json", meta)
-    write_atomically(out / "meta.json", json.dumps(meta, indent=1).encode())
-    if front_end.codebooks is not None:
-        save_array(out / "codebooks.npy", front_end.codebooks.cpu().numpy())
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "meta.json", json.dumps(meta, indent=1).encode())
+        if front_end.codebooks is not None:
+            save_array(out / "codebooks.npy", front_end.codebooks.cpu().numpy())
     for subset in dict.fromkeys((*train, *dev, *test)):
         utterances, skipped = read_subset(folder, subset)
         noise = None
         if subset in train:
             noise = Noise(settings.noise, settings.snr, [item.audio for item in utterances], settings.seed)
             utterances = with_copies(utterances, settings)
-        skipped += encode_subset(front_end, utterances, noise, out / subset, settings.workers)
-        count = write_rows(out / f"{subset}.jsonl", utterances, out / subset)
-        write_atomically(out / f"{subset}.skipped.txt", "".join(f"{line}\n" for line in skipped).encode())
-        hours = sum(item.duration for item in utterances) / 3600
-        print(f"{subset}: {count} utterances, {hours:.2f} hours" + (
-            f"; {len(skipped)} skipped, see {out / subset}.skipped.txt (first: {skipped[0]})" if skipped else ""))
-        if not count:
-            raise InputError(f"{folder / subset}: nothing that can be used")
-    print(f"wrote {out}; next: python train_asr.py --tokens {out}")
+        unread = encode_subset(front_end, utterances[rank::world], noise, out / subset, settings.workers)
+        skipped += gather(unread, world)                # also waits for the other processes
+        if rank == 0:
+            finish_subset(out, subset, utterances, skipped)
+    if rank == 0:
+        print(f"wrote {out}; next: python train_asr.py --tokens {out}")
+
+
+def gather(lines: list[str], world: int) -> list[str]:
+    """The lines of all processes."""
+    everyone = [lines]
+    if world > 1:
+        everyone = [None] * world
+        dist.all_gather_object(everyone, lines)
+    return [line for lines in everyone for line in lines]
+
+
+def finish_subset(out: Path, subset: str, utterances: list[Utterance], skipped: list[str]) -> None:
+    """Write <subset>.jsonl and <subset>.skipped.txt and say what is in them."""
+    count = write_rows(out / f"{subset}.jsonl", utterances, out / subset)
+    write_atomically(out / f"{subset}.skipped.txt", "".join(f"{line}\n" for line in skipped).encode())
+    print(f"{subset}: {count} utterances, {sum(item.duration for item in utterances) / 3600:.2f} hours")
+    if skipped:
+        print(f"  {len(skipped)} skipped, listed in {out / subset}.skipped.txt; the first: {skipped[0]}")
+    if not count:
+        raise InputError(f"{subset}: nothing that can be used; see {out / subset}.skipped.txt")
 
 
 def check_same_codec(path: Path, meta: dict) -> None:
