@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from codec import SAMPLE_RATE, InputError, option, parse, pick_device, read_audio, run, write_atomically
+from codec import SAMPLE_RATE, InputError, LogMel, option, parse, pick_device, read_audio, run, write_atomically
 from tokenize_corpus import FrontEnd, Noise
 import train_asr
 from train_asr import Text, TokenSet, build_model, load_checkpoint
@@ -40,6 +40,7 @@ class EvalSettings:
     beam: int = option(0, "beam search with this many hypotheses (needs flashlight-text); 0: greedy")
     lm: str = option("", "KenLM language model for --beam")
     compare: tuple = option((), "run folders (each with an asr.pt): one table of all", type=str)
+    content: bool = option(False, "measure what the tokens tell of phoneme and voice (synthetic corpus)")
     benchmark: bool = option(False, "measure speed instead of accuracy")
     plots: bool = option(False, "also draw pictures (needs matplotlib)")
     seed: int = option(0, "random seed of noise and bootstrap")
@@ -226,9 +227,7 @@ def examples(score: Score, count: int = 3) -> str:
 def evaluate(settings: EvalSettings) -> None:
     recogniser = Recogniser(settings.asr, pick_device(settings.device), settings.beam, settings.lm)
     tokens, meta = settings.tokens or recogniser.settings["tokens"], recogniser.meta
-    found = json.loads((Path(tokens) / "meta.json").read_text()) if (Path(tokens) / "meta.json").is_file() else None
-    if not found:
-        raise InputError(f"{tokens}: no tokens here; give their folder with --tokens")
+    found = train_asr.read_meta(tokens)
     if found["codec"] != meta["codec"]:
         raise InputError(f"{settings.asr} was trained on tokens of codec {meta['codec']}, {tokens} holds those of {found['codec']}")
     report, page, details = {"asr": settings.asr, "beam": settings.beam, "test": {}}, HEADER, ""
@@ -244,11 +243,22 @@ def evaluate(settings: EvalSettings) -> None:
                 _, summary = judge(recogniser, noisy, settings.seed)
                 report["test"][f"{subset}, {kind} {snr:g} dB"] = summary
                 page += table_row(f"{subset}, {kind} {snr:g} dB", summary)
-    out = Path(settings.out)
+    out = save_report(settings.out, "report", report, details + "\n" + page)
+    if settings.plots:
+        plot_utterance(recogniser, data, len(data.rows) // 2, out)
+        plot_curves([str(recogniser.path.parent)], out)
+        if settings.noise:
+            plot_noise(report["test"], out)
+
+
+def save_report(folder: str, name: str, report: dict | list, page: str) -> Path:
+    """Print the page; write folder/name.md and name.json."""
+    out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "report.json", json.dumps(report, indent=1).encode())
-    write_atomically(out / "report.md", (page + details).encode())
-    print(details + "\n" + page + f"\nwrote {out / 'report.md'} and report.json")
+    write_atomically(out / f"{name}.md", page.encode())
+    write_atomically(out / f"{name}.json", json.dumps(report, indent=1).encode())
+    print(f"{page}\nwrote {out / name}.md and .json")
+    return out
 
 
 def languages_table(summary: dict) -> str:
@@ -294,11 +304,116 @@ def compare(settings: EvalSettings) -> None:
         report.append(row)
         page += "| " + " | ".join(cells) + " |\n"
     page += "\n* significant: the 95 % interval of the difference (paired bootstrap over utterances) leaves out 0.\n"
-    out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "compare.json", json.dumps(report, indent=1).encode())
-    write_atomically(out / "compare.md", page.encode())
-    print(page + f"\nwrote {out / 'compare.md'} and compare.json")
+    out = save_report(settings.out, "compare", report, page)
+    if settings.plots:
+        plot_curves(settings.compare, out)
+
+
+# ---------------------------------------------------------------------------------------------------- what tokens carry
+
+def mutual_information(a: np.ndarray, b: np.ndarray) -> float:
+    """Bits that knowing `a` tells about `b`; both hold labels 0, 1, 2 ... (N,)."""
+    joint = np.zeros((a.max() + 1, b.max() + 1))
+    np.add.at(joint, (a, b), 1 / len(a))
+    apart = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
+    return float((joint[joint > 0] * np.log2(joint[joint > 0] / apart[joint > 0])).sum())
+
+
+def content(settings: EvalSettings) -> None:
+    """Which codebook tells the phoneme, which the voice? On the synthetic corpus, whose phonemes are known exactly."""
+    folder, rows = settings.tokens or "runs/tokens", []
+    meta = train_asr.read_meta(folder)
+    if not meta["codebooks"]:
+        raise InputError(f"{folder}: holds {meta['features']}, not tokens")
+    data = TokenSet(folder, [*meta["train"], *meta["test"]])
+    phones, voices = [], []
+    for row, frames in zip(data.rows, data.lengths.tolist()):
+        speaker, chapter, _ = row["id"].split("-", 2)
+        path = Path(row["audio"]).parent / f"{speaker}-{chapter}.phones.txt"
+        if not path.is_file():
+            raise InputError(f"{path}: no alignment; --content needs tokens of the synthetic corpus, without copies")
+        items = next(line.split()[1:] for line in path.read_text().splitlines() if line.startswith(row["id"] + " "))
+        names, ends = zip(*(item.split(":") for item in items))
+        middle = (np.arange(frames) + 0.5) * meta["hop"]        # the sample in the middle of each token frame
+        phones += [names[i] for i in np.searchsorted(np.array(ends, int), middle, side="right").clip(max=len(names) - 1)]
+        voices += [speaker] * frames
+    phones, voices = (np.unique(labels, return_inverse=True)[1] for labels in (phones, voices))
+    shuffle = np.random.default_rng(settings.seed).permutation(len(phones))
+    page = "| codebook | phoneme, bits | share of what there is to know | voice, bits | share |\n|---|---|---|---|---|\n"
+    for level in range(meta["codebooks"]):
+        codes = data.flat[:, level].numpy().astype(np.int64)
+        row = {"codebook": level}
+        for name, labels in (("phoneme", phones), ("voice", voices)):
+            # With so many codes, chance alone looks like information: take off what shuffled labels give.
+            bits = max(0.0, mutual_information(codes, labels) - mutual_information(codes, labels[shuffle]))
+            row |= {name: bits, f"{name}_share": bits / mutual_information(labels, labels)}
+        rows.append(row)
+        page += (f"| {level} | {row['phoneme']:.2f} | {100 * row['phoneme_share']:.0f} % | "
+                 f"{row['voice']:.2f} | {100 * row['voice_share']:.0f} % |\n")
+    save_report(settings.out, "content", rows, page)
+
+
+# ---------------------------------------------------------------------------------------------------- pictures
+
+def figure(rows: int, width: float = 9.0, height: float = 1.9, **more):
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise InputError("--plots: pip install matplotlib, or leave --plots out") from None
+    return pyplot.subplots(rows, 1, figsize=(width, rows * height + 0.4), layout="constrained", squeeze=False, **more)
+
+
+def plot_utterance(recogniser: Recogniser, data: TokenSet, number: int, out: Path) -> None:
+    """One utterance: waveform, log-mel, tokens, and what the recogniser is sure of, under one time axis."""
+    row, hop = data.rows[number], recogniser.meta["hop"] / recogniser.meta["sample_rate"]
+    wav = read_audio(row["audio"])
+    array = data.take(torch.tensor([number]), recogniser.device)[0]
+    with torch.inference_mode():
+        posterior = recogniser.model(array, torch.tensor([array.shape[1]], device=recogniser.device))[0][0].exp().cpu().T
+    mel = LogMel(512, 160, 80)(wav[None, :len(wav) // 160 * 160])[0]
+    seconds = len(wav) / SAMPLE_RATE
+    fig, axes = figure(4, sharex=True)
+    (top, second, third, bottom), raster = axes[:, 0], array[0].cpu().float().T
+    top.plot(np.arange(len(wav)) / SAMPLE_RATE, wav, linewidth=0.4)
+    top.set_title(row["text"], fontsize=9, wrap=True)
+    second.imshow(mel, origin="lower", aspect="auto", extent=(0, seconds, 0, 80))
+    third.imshow(raster, origin="lower", aspect="auto", interpolation="nearest", cmap="nipy_spectral",
+                 extent=(0, array.shape[1] * hop, -0.5, len(raster) - 0.5))
+    best, step = posterior.argmax(0), seconds / posterior.shape[1]
+    for unit in best.unique().tolist():
+        bottom.plot((np.arange(posterior.shape[1]) + 0.5) * step, posterior[unit], linewidth=0.8, color="0.8" if unit == 0 else None)
+    for t, unit in enumerate(best.tolist()):
+        if unit and (t == 0 or best[t - 1] != unit):
+            bottom.text((t + 0.5) * step, 1.03, recogniser.text.units.id_to_piece(unit).replace("\u2581", "_"), fontsize=7, ha="center")
+    for axis, name in zip(axes[:, 0], ("wave", "mel band", "codebook" if recogniser.meta["codebooks"] else "feature", "probability")):
+        axis.set_ylabel(name)
+    bottom.set(xlabel="seconds", xlim=(0, seconds), ylim=(0, 1.15))
+    fig.savefig(out / "utterance.png", dpi=110)
+
+
+def plot_curves(folders: list[str], out: Path) -> None:
+    """Dev CER against passes over the data, of several runs."""
+    fig, axes = figure(1, 6.5, 3.2)
+    for folder in folders:
+        rows = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+        axes[0, 0].plot([row["epoch"] for row in rows], [100 * row["dev_cer"] for row in rows], marker=".", label=folder)
+    axes[0, 0].set(xlabel="epoch", ylabel="dev CER %", ylim=(0, None))
+    axes[0, 0].legend()
+    fig.savefig(out / "learning.png", dpi=110)
+
+
+def plot_noise(report: dict, out: Path) -> None:
+    """CER against signal-to-noise ratio; the dashed line is clean speech."""
+    fig, axes = figure(1, 6.5, 3.2)
+    for kind in sorted({key.split(", ")[1].rsplit(" ", 2)[0] for key in report if ", " in key}):
+        points = sorted((float(key.rsplit(" ", 2)[1]), 100 * value["cer"]) for key, value in report.items() if f", {kind} " in key)
+        axes[0, 0].plot(*zip(*points), marker="o", label=kind)
+    axes[0, 0].axhline(100 * next(iter(report.values()))["cer"], linestyle="--", color="0.5")
+    axes[0, 0].set(xlabel="signal-to-noise ratio, dB", ylabel="CER %", ylim=(0, None))
+    axes[0, 0].legend()
+    fig.savefig(out / "noise.png", dpi=110)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -307,6 +422,8 @@ def main(arguments: list[str] | None = None) -> None:
         transcribe(settings)
     elif settings.compare:
         compare(settings)
+    elif settings.content:
+        content(settings)
     else:
         evaluate(settings)
 

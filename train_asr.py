@@ -99,7 +99,7 @@ class Text:
         return self.units.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        return self.units.decode(ids)
+        return " ".join(self.units.decode(ids).split())
 
     def __len__(self) -> int:
         return self.units.get_piece_size()

@@ -1,0 +1,1122 @@
+"""The properties that hold this project together, a test each, in the order in which the files are read.
+
+in   nothing: every test makes its own few seconds of audio in a temporary folder
+out  exit code 0 when all hold; the last line says how many did
+
+    python test_all.py                                   # all, a minute or two on two CPU cores
+    python test_all.py Quantizers Codecs.test_tokens_are_the_same_alone_and_in_a_batch
+
+The name of a test is the property; its body is the shortest way that we know to break it.
+
+Legend: B utterances, S samples, T token frames, Q codebooks, K codes, D latent size.
+"""
+
+import copy
+import functools
+import hashlib
+import http.server
+import io
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import unittest
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import soundfile as sf
+import torch
+
+import asr_model
+import codec as codec_stage
+import tokenize_corpus
+import train_asr
+from asr_model import Augment, CodecASR
+from codec import Codec, CodecSettings, Crops, InputError, make_synthetic, read_audio
+from quantizers import GroupFSQ, ResidualVQ
+from tokenize_corpus import Noise, read_subset
+from train_asr import Text, TrainSet, TrainSettings
+
+HERE = Path(__file__).resolve().parent
+FOUR_CODECS = [(encoder, quantizer) for encoder in ("mel", "time") for quantizer in ("fsq", "rvq")]
+
+
+def setUpModule():
+    global SCRATCH                                      # what several tests read: one corpus, the four codecs
+    SCRATCH = tempfile.TemporaryDirectory()
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def tearDownModule():
+    SCRATCH.cleanup()
+
+
+class Case(unittest.TestCase):
+    """A temporary folder and a fixed seed for each test; what the scripts print is kept in self.output."""
+
+    def setUp(self):
+        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        self.output = self.enterContext(redirect_stdout(io.StringIO()))
+        self.enterContext(redirect_stderr(io.StringIO()))
+        torch.manual_seed(0)
+
+    def assertSame(self, one, other, message=None):
+        self.assertEqual(one.shape, other.shape, message)
+        self.assertTrue(torch.equal(one, other), message)
+
+    def assertClose(self, one, other, atol=1e-5):
+        torch.testing.assert_close(one, other, atol=atol, rtol=0)
+
+    def assertInputError(self, text, call, *arguments, **more):
+        """Bad input ends in an InputError of one line that says `text`."""
+        with self.assertRaisesRegex((InputError, train_asr.InputError), text) as caught:
+            call(*arguments, **more)
+        self.assertNotIn("\n", str(caught.exception))
+
+
+def noise(*shape) -> torch.Tensor:
+    return 0.1 * torch.randn(shape)
+
+
+@functools.cache
+def small_corpus() -> Path:
+    """Synthetic speech: 4 utterances to train on, 2 for dev, 2 for test."""
+    with redirect_stdout(io.StringIO()):
+        make_synthetic(Path(SCRATCH.name) / "corpus", sizes={"train": 4, "dev": 2, "test": 2})
+    return Path(SCRATCH.name) / "corpus"
+
+
+@functools.cache
+def trained_codec(encoder: str = "mel", quantizer: str = "fsq") -> Path:
+    """A codec after two steps of training, by the script itself."""
+    out = Path(SCRATCH.name) / f"codec-{encoder}-{quantizer}"
+    codec_stage.main(["--corpus", str(small_corpus()), "--encoder", encoder, "--quantizer", quantizer, "--codebooks", "4",
+                      "--steps", "2", "--batch", "4", "--device", "cpu", "--out", str(out)])
+    return out / "codec.pt"
+
+
+def tokenize(out: Path, *more, corpus: Path | None = None) -> Path:
+    tokenize_corpus.main(["--corpus", str(corpus or small_corpus()), "--codec", str(trained_codec()), "--workers", "0",
+                          "--device", "cpu", "--out", str(out), *map(str, more)])
+    return out
+
+
+def rows(folder: Path, subset: str = "train") -> list[dict]:
+    return [json.loads(line) for line in (folder / f"{subset}.jsonl").read_text("utf-8").splitlines()]
+
+
+# ---------------------------------------------------------------------------------------------------- quantizers.py
+
+class Quantizers(Case):
+    def latent(self, batch=4, time=60, dim=16):
+        """Directions of unlike strength, as an encoder gives them: (B, D, T)."""
+        return torch.randn(batch, dim, time) * torch.linspace(2, 0.2, dim)[:, None]
+
+    def rvq(self, **more):
+        quantizer = ResidualVQ(**{"dim": 16, "num_codebooks": 4, "codebook_size": 16, "dropout": 0.0} | more)
+        for _ in range(20):
+            quantizer(self.latent())
+        return quantizer.eval()
+
+    def test_sum_of_codebook_rows_is_the_decoded_latent(self):
+        for quantizer in (self.rvq(), GroupFSQ(4)):
+            tokens, books = quantizer.encode(self.latent()), quantizer.codebooks()
+            self.assertEqual(books.shape, (4, quantizer.codebook_size, 16))
+            total = sum(book[level] for book, level in zip(books, tokens.unbind(1)))            # (B, T, D)
+            self.assertClose(total.transpose(1, 2), quantizer.decode(tokens))
+
+    def test_forward_encode_and_decode_agree(self):
+        for quantizer in (self.rvq(), GroupFSQ(4)):
+            latent = self.latent()
+            result = quantizer(latent)
+            self.assertSame(result.tokens, quantizer.encode(latent))
+            self.assertClose(result.latent, quantizer.decode(result.tokens))
+
+    def test_gradient_passes_rvq_once_whatever_its_depth(self):
+        quantizer = self.rvq()
+        for mode in (True, False):
+            latent = self.latent().requires_grad_()
+            quantizer.train(mode)(latent).latent.sum().backward()
+            self.assertClose(latent.grad, torch.ones_like(latent))
+
+    def test_every_rvq_level_pulls_on_the_encoder(self):
+        quantizer, latent = self.rvq(), self.latent().requires_grad_()
+        result = quantizer(latent)
+        result.loss.backward()
+        # Level n's loss is the squared distance to the sum of the first n codes; d/dx of a mean square is 2 / count * difference.
+        pulls = [2 / latent.numel() / 4 * (latent - quantizer.decode(result.tokens[:, :n])).detach() for n in (1, 2, 3, 4)]
+        self.assertClose(latent.grad, sum(pulls), atol=1e-7)
+        self.assertGreater(min(pull.norm() for pull in pulls), 0)
+
+    def test_dead_code_moves_to_data_and_stays(self):
+        quantizer = ResidualVQ(dim=2, num_codebooks=1, codebook_size=8, dropout=0.0)
+        latent = lambda: 5 + torch.randn(8, 2, 50)
+        for _ in range(5):
+            quantizer(latent())
+        quantizer.embed[0, 3] = 100.0                   # far from all data, and hardly ever used
+        quantizer.ema_count[0, 3], quantizer.ema_sum[0, 3] = 1e-4, 1e-2
+        data = latent()
+        quantizer(data)
+        here = data.transpose(1, 2).flatten(0, 1)       # (N, D)
+        self.assertLess(torch.cdist(quantizer.embed[0, 3:4], here).min(), 1e-4)
+        for _ in range(10):
+            usage = quantizer(latent()).usage
+            self.assertLess((quantizer.embed[0, 3] - 5).abs().max(), 5)
+        self.assertEqual(usage[0], 1)                   # all eight codes are in use, number 3 among them
+
+    def test_codes_that_are_in_use_are_not_moved(self):
+        quantizer = self.rvq(codebook_size=4, dead_below=0.03).train()
+        before = quantizer.embed.clone()
+        quantizer(self.latent())
+        self.assertLess((quantizer.embed - before).norm() / before.norm(), 0.1)
+
+    def test_first_codebooks_alone_decode_and_more_are_better(self):
+        quantizer, latent = self.rvq(), self.latent()
+        tokens = quantizer.encode(latent)
+        errors = [(latent - quantizer.decode(tokens[:, :n])).square().mean().item() for n in (1, 2, 3, 4)]
+        self.assertEqual(errors, sorted(errors, reverse=True))
+        self.assertLess(errors[-1], 0.7 * errors[0])
+        fsq = GroupFSQ(4)
+        tokens = fsq.encode(latent)
+        self.assertSame(fsq.decode(tokens[:, :2])[:, :8], fsq.decode(tokens)[:, :8])
+        self.assertEqual(fsq.decode(tokens[:, :2])[:, 8:].abs().max(), 0)
+
+    def test_dropout_of_codebooks_leaves_each_utterance_its_first_n(self):
+        quantizer, latent = self.rvq(dropout=1.0, decay=1.0).train(), self.latent(batch=40, time=6)
+        result, depths = quantizer(latent), set()
+        for tokens, made in zip(result.tokens, result.latent):
+            fits = [n for n in (1, 2, 3, 4) if torch.allclose(quantizer.decode(tokens[None, :n])[0], made, atol=1e-4)]
+            self.assertEqual(len(fits), 1)
+            depths.update(fits)
+        self.assertEqual(depths, {1, 2, 3, 4})
+
+    def test_kmeans_initialises_each_level_on_what_the_ones_before_left(self):
+        quantizer, latent = ResidualVQ(dim=16, num_codebooks=4, codebook_size=16), self.latent()
+        quantizer.initialise(latent.transpose(1, 2).flatten(0, 1))
+        tokens = quantizer.encode(latent)
+        energy = [latent.square().mean()] + [(latent - quantizer.decode(tokens[:, :n])).square().mean() for n in (1, 2, 3, 4)]
+        for before, after in zip(energy, energy[1:]):
+            self.assertLess(after, 0.85 * before)
+
+    def test_padding_is_in_no_statistic(self):
+        torch.manual_seed(1)
+        alone, padded = ResidualVQ(16, 4, 16, dead_below=0, dropout=0), ResidualVQ(16, 4, 16, dead_below=0, dropout=0)
+        latent = self.latent(time=20)
+        long = torch.cat([latent, torch.full((4, 16, 15), 1e3)], 2)
+        length = torch.full((4,), 20)
+        for _ in range(3):
+            torch.manual_seed(2)
+            one = alone(latent)
+            torch.manual_seed(2)
+            other = padded(long, length)
+        for name in ("loss", "usage", "perplexity"):
+            self.assertClose(getattr(one, name), getattr(other, name))
+        for name, value in alone.state_dict().items():
+            self.assertClose(value, padded.state_dict()[name])
+        fsq = GroupFSQ(4)
+        self.assertClose(fsq(latent).usage, fsq(long, length).usage)
+
+    def test_dead_code_never_moves_to_padding(self):
+        quantizer = ResidualVQ(16, 2, 64, dead_below=0.9, dropout=0)
+        latent = torch.cat([self.latent(), torch.full((4, 16, 60), 1e3)], 2)
+        for _ in range(5):
+            quantizer(latent, torch.full((4,), 60))
+        self.assertLess(quantizer.embed.abs().max(), 50)
+
+    def test_perplexity_is_the_number_of_codes_used_alike(self):
+        tokens = torch.tensor([0, 1, 2, 3]).repeat(6).view(1, 1, 24)
+        usage, perplexity = codec_stage.usage_and_perplexity(tokens, torch.ones(1, 24), 16)
+        self.assertClose(usage, torch.tensor([0.25]))
+        self.assertClose(perplexity, torch.tensor([4.0]), atol=1e-3)
+
+    def test_fsq_reaches_every_index(self):
+        fsq, grid = GroupFSQ(1), torch.linspace(-5, 5, 201)
+        digits = fsq.encode(grid.expand(1, 4, -1))[0, 0, :, None] // fsq.basis % fsq.width      # (201, 4)
+        tokens = torch.arange(1000)
+        wanted = tokens[:, None] // fsq.basis % fsq.width                                       # (1000, 4)
+        latent = torch.stack([torch.stack([grid[digits[:, d] == n].median() for n in range(fsq.width[d])])[wanted[:, d]]
+                              for d in range(4)])                                               # (4, 1000)
+        self.assertSame(fsq.encode(latent[None])[0, 0], tokens)
+        values = fsq.decode(tokens[None, None])[0].T
+        self.assertEqual(len(values.unique(dim=0)), 1000)
+        self.assertLessEqual(values.abs().max(), 1)
+
+    def test_fsq_rounds_to_the_nearest_level(self):
+        fsq, latent = GroupFSQ(4), self.latent()
+        result = fsq(latent)
+        odd = torch.tensor([False, True, True, True] * 4)                       # five levels: -1, -1/2, 0, 1/2, 1
+        self.assertLess((result.latent - latent.tanh())[:, odd].abs().max(), 0.252)
+        self.assertClose(fsq(-latent).latent[:, odd], -result.latent[:, odd])
+
+    def test_fsq_is_float32_inside_bfloat16_autocast(self):
+        fsq, latent = GroupFSQ(4), self.latent(time=500)
+        with torch.autocast("cpu", torch.bfloat16):
+            self.assertSame(fsq(latent).tokens, GroupFSQ(4)(latent.clone()).tokens)
+            inside = fsq(latent)
+        self.assertSame(inside.tokens, fsq(latent).tokens)
+        self.assertEqual(inside.latent.dtype, torch.float32)
+        rough = latent.bfloat16()                       # what an encoder under autocast hands over
+        self.assertSame(fsq(rough).tokens, fsq(rough.float()).tokens)
+        self.assertSame(fsq.encode(rough), fsq.encode(rough.float()))
+
+
+# ---------------------------------------------------------------------------------------------------- codec.py: models
+
+class Codecs(Case):
+    @staticmethod
+    @functools.cache
+    def codec(encoder="mel", quantizer="fsq", strides=(2, 4, 5, 10)):
+        codec = Codec(CodecSettings(encoder=encoder, quantizer=quantizer, codebooks=4, strides=strides))
+        codec.encoder[-1].momentum = 1.0                # one pass in training mode gives the latent its scale, RVQ its codebooks
+        codec(noise(4, 16000))
+        return codec.eval()
+
+    def save(self, codec):
+        path = self.folder / "codec.pt"
+        codec_stage.save_checkpoint(path, {"kind": "codec", "settings": vars(codec.settings), "model": codec.state_dict()})
+        return path
+
+    def test_number_of_frames_is_the_length_over_the_hop_rounded_up(self):
+        for strides in ((2, 4, 5, 10), (2, 4, 5, 5)):
+            for encoder in ("mel", "time"):
+                codec, hop = self.codec(encoder, "fsq", strides), math.prod(strides)
+                self.assertEqual((codec.hop, codec.frame_rate), (hop, 16000 / hop))
+                for length in (1, 2, hop - 1, hop, hop + 1, 7 * hop - 3, codec.window * hop, codec.window * hop + 1):
+                    tokens, token_len = codec.encode(noise(1, length))
+                    self.assertEqual(tokens.shape, (1, 4, -(-length // hop)), f"{length} samples")
+                    self.assertEqual(token_len.tolist(), [-(-length // hop)])
+
+    def test_tokens_are_the_same_alone_and_in_a_batch(self):
+        wav_len = torch.tensor([1, 399, 16_001, 44_801, 100_000])
+        for kind in FOUR_CODECS:
+            codec, wav = self.codec(*kind), noise(5, 100_000)                   # padding holds noise, which must not matter
+            tokens, token_len = codec.encode(wav, wav_len)
+            for i, length in enumerate(wav_len):
+                alone, _ = codec.encode(wav[i:i + 1, :length])
+                self.assertSame(tokens[i:i + 1, :, :token_len[i]], alone, f"{kind}, {length} samples")
+                self.assertEqual(tokens[i, :, token_len[i]:].abs().sum(), 0)
+            self.assertGreater(len(tokens.unique()), 20)                        # a constant would be the same too
+
+    def test_latent_is_what_the_tokens_stand_for(self):
+        for kind in FOUR_CODECS:
+            codec, wav = self.codec(*kind), noise(2, 50_000)
+            tokens, _ = codec.encode(wav)
+            latent, _ = codec.latent(wav)
+            self.assertSame(codec.quantizer.encode(latent), tokens)
+
+    def test_windows_see_what_the_encoder_sees(self):
+        for kind in FOUR_CODECS:                        # 2 s: one window; its context is silence, as the encoder's padding is
+            codec, wav = self.codec(*kind), noise(1, 32_000)
+            with torch.inference_mode():
+                whole = codec.encoder(torch.nn.functional.pad(wav, (8000, 8000)))[:, :, 20:-20]
+            self.assertClose(codec.latent(wav)[0], whole, atol=1e-3)
+
+    def test_tokens_and_fingerprint_survive_saving(self):
+        wav = noise(2, 20_000)
+        for kind in FOUR_CODECS:
+            codec = self.codec(*kind)
+            loaded = Codec.load(self.save(codec))
+            self.assertSame(loaded.encode(wav)[0], codec.encode(wav)[0])
+            self.assertEqual(loaded.fingerprint, codec.fingerprint)
+
+    def test_fingerprint_tells_codecs_apart(self):
+        other = copy.deepcopy(self.codec("mel", "rvq"))
+        other.quantizer.embed[0, 0, 0] += 1e-3
+        weights = copy.deepcopy(self.codec())
+        next(weights.encoder.parameters()).data += 1e-3
+        codecs = [self.codec(*kind) for kind in FOUR_CODECS] + [other, weights, self.codec("mel", "fsq", (2, 4, 5, 5))]
+        self.assertEqual(len({codec.fingerprint for codec in codecs}), len(codecs))
+
+    def test_decoded_length_is_frames_times_hop(self):
+        for kind in FOUR_CODECS:
+            for frames in (1, 2, 113):
+                tokens = torch.randint(1000, (2, 4, frames))
+                self.assertEqual(self.codec(*kind).decode(tokens).shape, (2, 400 * frames))
+                self.assertEqual(self.codec(*kind).decode(tokens[:, :2]).shape, (2, 400 * frames))
+
+    def test_bitrate_is_that_of_the_paper(self):
+        codec = Codec(CodecSettings(quantizer="rvq", strides=(2, 4, 5, 5)))     # 80 frames of 8 codebooks of 10 bits
+        self.assertEqual((codec.frame_rate, codec.bitrate), (80, 6400))
+
+    def test_wrong_or_damaged_checkpoint_is_told_in_one_line(self):
+        path = self.folder / "codec.pt"
+        self.assertInputError("no such file", Codec.load, path)
+        path.write_bytes(b"no checkpoint")
+        self.assertInputError("damaged", Codec.load, path)
+        self.save(self.codec())
+        path.write_bytes(path.read_bytes()[:5000])
+        self.assertInputError("damaged", Codec.load, path)
+        codec_stage.save_checkpoint(path, {"kind": "asr"})
+        self.assertInputError("holds asr", Codec.load, path)
+        self.save(self.codec())
+        self.assertInputError("holds codec", train_asr.load_checkpoint, path)
+
+
+# ---------------------------------------------------------------------------------------------------- codec.py: training
+
+class CodecTraining(Case):
+    def train(self, out, *more, stop_after=None):
+        """Six steps with a checkpoint every two, cut short by Ctrl-C in the middle of step `stop_after` + 1."""
+        arguments = ["--corpus", str(small_corpus()), "--codebooks", "2", "--steps", "6", "--batch", "2", "--crop", "0.5",
+                     "--device", "cpu", "--out", str(self.folder / out), *more]
+        step, calls = codec_stage.train_step, []
+
+        def interrupted(*things):
+            calls.append(1)
+            if len(calls) - 1 == stop_after:
+                raise KeyboardInterrupt
+            return step(*things)
+        with mock.patch.multiple(codec_stage, CHECK_EVERY=2, train_step=interrupted):
+            codec_stage.main(arguments)
+        return torch.load(self.folder / out / "codec.pt", weights_only=True)
+
+    def test_resumed_run_equals_uninterrupted_run(self):
+        for more in (["--quantizer", "rvq"], ["--encoder", "time", "--adversarial"]):
+            straight = self.train(f"straight{len(more)}", *more)
+            with self.assertRaises(KeyboardInterrupt):
+                self.train(f"cut{len(more)}", *more, stop_after=3)              # step 3 is lost: the checkpoint is of step 2
+            resumed = self.train(f"cut{len(more)}", *more)
+            self.assertIn("continuing at step 2 of 6", self.output.getvalue())
+            for name, value in straight["model"].items():
+                self.assertSame(value, resumed["model"][name], name)
+            for name, value in straight["discriminator"].items():
+                self.assertSame(value, resumed["discriminator"][name], name)
+
+    def test_run_goes_on_only_with_what_it_began_with(self):
+        self.train("run")
+        self.assertInputError("trained with --lr", self.train, "run", "--lr", "0.5")
+
+    def test_training_changes_encoder_and_decoder(self):
+        self.train("run", "--quantizer", "rvq", "--encoder", "time")
+        trained = Codec.load(self.folder / "run" / "codec.pt")
+        torch.manual_seed(0)
+        fresh = Codec(trained.settings)
+        still = [name for (name, one), other in zip(fresh.named_parameters(), trained.parameters()) if torch.equal(one, other)]
+        self.assertEqual(still, [])
+
+    def test_crops_of_several_processes_are_those_of_one(self):
+        files = sorted((small_corpus() / "train").rglob("*.flac"))
+        settings = CodecSettings(batch=4, crop=0.5)
+        one, two = Crops(files, settings)(7, 0, 1), [Crops(files, settings)(7, rank, 2) for rank in (0, 1)]
+        self.assertSame(one, torch.stack(two, 1).flatten(0, 1))
+        self.assertSame(one, Crops(files, settings)(7, 0, 1))
+
+    def test_unreadable_files_are_passed_over_and_named(self):
+        for path in (good := self.folder / "train" / "good.wav", self.folder / "dev" / "dev.wav"):
+            path.parent.mkdir()
+            sf.write(path, noise(16_000).numpy(), 16_000)
+        good.with_name("bad.wav").write_text("no audio")
+        codec_stage.main(["--corpus", str(self.folder), "--steps", "2", "--batch", "2", "--codebooks", "2", "--crop", "0.5",
+                          "--device", "cpu", "--out", str(self.folder / "run")])
+        self.assertRegex(self.output.getvalue(), r"skipped: .*bad\.wav")
+        good.unlink()
+        self.assertInputError("no readable audio", Crops([good.with_name("bad.wav")], CodecSettings()), 0, 0, 1)
+
+    def test_reconstruction_is_as_long_as_the_original(self):
+        sf.write(self.folder / "in.wav", noise(12_345).numpy(), 16_000)
+        codec_stage.main(["--out", str(trained_codec().parent), "--device", "cpu", "--reconstruct",
+                          str(self.folder / "in.wav"), str(self.folder / "out.wav")])
+        self.assertEqual(sf.info(self.folder / "out.wav").frames, 12_345)
+
+
+# ---------------------------------------------------------------------------------------------------- codec.py: audio and corpora
+
+class AudioFiles(Case):
+    def test_any_rate_and_channel_count_becomes_16_khz_mono(self):
+        wave = 0.5 * np.sin(2 * np.pi * 440 * np.arange(44_100) / 44_100)
+        for channels, rate, subtype in ((1, 16_000, "PCM_16"), (2, 44_100, "PCM_16"), (8, 8_000, "PCM_24"), (1, 44_100, "PCM_U8")):
+            path = self.folder / f"{channels}-{rate}.wav"
+            sf.write(path, np.repeat(wave[::44_100 // rate, None], channels, 1), rate, subtype=subtype)
+            wav, samples = read_audio(path), sf.info(path).frames
+            self.assertEqual(wav.dtype, torch.float32)
+            self.assertAlmostEqual(len(wav), samples * 16_000 / rate, delta=1)
+            self.assertAlmostEqual(wav.square().mean().sqrt().item(), 0.5 / 2 ** 0.5, delta=0.01)
+
+    def test_channels_are_averaged(self):
+        sf.write(self.folder / "a.wav", np.array([[0.5, -0.5], [0.5, 0.25]]), 16_000, subtype="FLOAT")
+        self.assertClose(read_audio(self.folder / "a.wav"), torch.tensor([0.0, 0.375]))
+
+    def test_one_sample_is_audio(self):
+        sf.write(self.folder / "a.wav", np.array([0.5]), 16_000, subtype="FLOAT")
+        self.assertClose(read_audio(self.folder / "a.wav"), torch.tensor([0.5]))
+
+    def test_bad_audio_is_told_in_one_line(self):
+        path = self.folder / "a.wav"
+        self.assertInputError("a.wav", read_audio, path)
+        path.write_text("these are words")
+        self.assertInputError("not readable as audio", read_audio, path)
+        path.write_bytes(b"")
+        self.assertInputError("a.wav", read_audio, path)
+        for samples, complaint in ((np.zeros(0), "no samples"), (np.array([0.0, np.nan]), "not numbers"), (np.array([np.inf]), "not numbers")):
+            sf.write(path, samples, 16_000, subtype="FLOAT")
+            self.assertInputError(complaint, read_audio, path)
+        sf.write(path, np.zeros(1000), 16_000)
+        path.write_bytes(path.read_bytes()[:20])        # the header breaks off
+        self.assertInputError("not readable as audio", read_audio, path)
+
+
+class Synthetic(Case):
+    def test_it_is_the_same_each_time_and_another_for_another_seed(self):
+        def digest(name, seed):
+            make_synthetic(self.folder / name, seed, {"train": 2, "dev": 0, "test": 0})
+            return [hashlib.md5(path.read_bytes()).hexdigest() for path in sorted((self.folder / name).rglob("*.*")) if path.is_file()]
+        self.assertEqual(digest("a", 0), digest("b", 0))
+        self.assertNotEqual(digest("a", 0), digest("c", 1))
+
+    def test_no_voice_and_no_sentence_is_in_two_subsets(self):
+        make_synthetic(self.folder, sizes={"train": 25, "dev": 8, "test": 8})
+        speakers, sentences = [], []
+        for subset in ("train", "dev", "test"):
+            lines = [line for path in (self.folder / subset).rglob("*.trans.txt") for line in path.read_text().splitlines()]
+            speakers.append({line.split("-")[0] for line in lines})
+            sentences.append({line.split(" ", 1)[1] for line in lines})
+        for sets in (speakers, sentences):
+            self.assertEqual(len(set.union(*sets)), sum(map(len, sets)))
+
+    def test_alignment_ends_where_the_audio_ends_and_has_the_words_sounds(self):
+        for path in small_corpus().rglob("*.phones.txt"):
+            words = dict(line.split(" ", 1) for line in path.with_name(path.name.replace("phones", "trans")).read_text().splitlines())
+            for line in path.read_text().splitlines():
+                name, *pairs = line.split()
+                phones, ends = zip(*(pair.split(":") for pair in pairs))
+                self.assertEqual(int(ends[-1]), sf.info(path.with_name(f"{name}.flac")).frames)
+                self.assertEqual(sorted(map(int, ends)), list(map(int, ends)))
+                said = [phone for word in words[name].split() for phone in codec_stage.LEXICON[word]]
+                self.assertEqual([phone for phone in phones if phone != "SIL"], said)
+
+    def test_an_existing_subset_is_left_alone(self):
+        (self.folder / "train").mkdir()
+        make_synthetic(self.folder, sizes={"train": 3, "dev": 0, "test": 0})
+        self.assertEqual(list((self.folder / "train").iterdir()), [])
+
+
+class Downloads(Case):
+    """fetch_librispeech against a web server of our own on the loopback address."""
+
+    def setUp(self):
+        super().setUp()
+        self.asked, self.archive, case = [], b"", self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                asked = self.headers.get("Range")
+                case.asked.append(asked)
+                start = int(asked[6:-1]) if asked else 0
+                self.send_response(416 if start >= len(case.archive) else 206 if asked else 200)
+                self.send_header("Content-Length", str(len(case.archive[start:])))
+                self.end_headers()
+                self.wfile.write(case.archive[start:])
+
+            def log_message(self, *_):
+                pass
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        self.enterContext(mock.patch.object(codec_stage, "MINI", f"http://127.0.0.1:{server.server_port}/"))
+        self.target = self.folder / "data" / "LibriSpeech"
+
+    def serve(self, *more: tarfile.TarInfo, md5=None):
+        """An archive of one audio file and the members given; its checksum becomes the published one."""
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+            for member in (tarfile.TarInfo("LibriSpeech/train-clean-5/1/1/1-1-0000.flac"), *more):
+                member.size = 9 if member.isreg() else 0
+                tar.addfile(member, io.BytesIO(b"some data"))
+        self.archive = buffer.getvalue()
+        found = md5 or hashlib.md5(self.archive).hexdigest()
+        self.enterContext(mock.patch.dict(codec_stage.MINI_MD5, {"train-clean-5": found}))
+
+    def fetch(self):
+        codec_stage.fetch_librispeech(self.target, "train-clean-5")
+        return [str(path.relative_to(self.target)) for path in self.target.rglob("*.flac")]
+
+    def test_right_checksum_unpacks_into_the_folder_once(self):
+        self.serve()
+        self.assertEqual(self.fetch(), ["train-clean-5/1/1/1-1-0000.flac"])
+        self.fetch()
+        self.assertEqual(len(self.asked), 1)
+
+    def test_wrong_checksum_removes_the_file_and_unpacks_nothing(self):
+        self.serve(md5="0" * 32)
+        self.assertInputError("checksum", self.fetch)
+        self.assertEqual([path for path in self.folder.rglob("*") if path.is_file()], [])
+
+    def test_download_continues_where_it_stopped(self):
+        self.serve()
+        for have in (50, len(self.archive)):            # half of it; all of it
+            partial = self.folder / "data" / f"part{have}.tar.gz"
+            partial.parent.mkdir(exist_ok=True)
+            partial.write_bytes(self.archive[:have])
+            codec_stage.download(codec_stage.MINI + "any", partial, hashlib.md5(self.archive).hexdigest())
+            self.assertEqual(partial.read_bytes(), self.archive)
+            self.assertEqual(self.asked[-1], f"bytes={have}-")
+
+    def test_archive_that_leads_outside_is_refused(self):
+        link = tarfile.TarInfo("LibriSpeech/train-clean-5/link")
+        link.type, link.linkname = tarfile.SYMTYPE, "../../../../outside"
+        for member in (tarfile.TarInfo("../../outside/evil.txt"), link):
+            self.serve(member)
+            self.assertInputError("train-clean-5", self.fetch)
+            self.assertFalse((self.folder / "outside").exists())
+            self.assertFalse(self.target.exists())      # nor is half a subset left where the next run would take it as whole
+
+    def test_no_network_is_told_in_one_line(self):
+        self.enterContext(mock.patch.object(codec_stage, "MINI", "http://127.0.0.1:1/"))
+        self.assertInputError("no network", self.fetch)
+
+
+# ---------------------------------------------------------------------------------------------------- tokenize_corpus.py
+
+class MessyCorpora(Case):
+    """Usable utterances are used, the others named; --features mel needs no codec."""
+
+    def setUp(self):
+        super().setUp()
+        self.corpus, self.out = self.folder / "corpus", self.folder / "out"
+
+    def audio(self, path):
+        path = self.corpus / path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sf.write(path, noise(8000).numpy(), 16_000)
+
+    def tokenize(self):
+        for subset in ("dev", "test"):
+            self.audio(f"{subset}/1/1/1-1-0.wav")
+            (self.corpus / subset / "1" / "1" / "1-1.trans.txt").write_text("1-1-0 HELLO\n")
+        before = {path: path.stat().st_mtime_ns for path in self.folder.rglob("*")}
+        tokenize(self.out, "--features", "mel", corpus=self.corpus)
+        after = {path: path.stat().st_mtime_ns for path in self.folder.rglob("*") if self.out not in (path, *path.parents)}
+        self.assertEqual(before, after)                 # nothing outside of --out was written
+        return {row["id"]: row["text"] for row in rows(self.out)}, (self.out / "train.skipped.txt").read_text()
+
+    def test_messy_librispeech_folder(self):
+        for name in ("7-1-0", "7-1-1", "7-1-2", "7-1-3", "7-1-9"):
+            self.audio(f"train/7/1/{name}.wav")
+        (self.corpus / "train/7/1/7-1-4.wav").write_text("no audio")
+        (self.corpus / "train/7/1/7-1.trans.txt").write_bytes(
+            "\ufeff7-1-0 WITH A MARK\r\n7-1-1\tBY  TABS\tAND SPACES \r\n\r\n7-1-2\r\n7-1-3 SAID ONCE\r\n7-1-3 SAID TWICE\r\n"
+            "7-1-4 NO AUDIO IN IT\r\n7-1-5 LOST\r\n../../7-1-6 LEADS OUT\r\n".encode())
+        texts, skipped = self.tokenize()
+        self.assertEqual(texts, {"7-1-0": "WITH A MARK", "7-1-1": "BY TABS AND SPACES", "7-1-3": "SAID ONCE"})
+        for name in ("7-1-2", "7-1-3", "7-1-4", "7-1-5", "7-1-6", "7-1-9"):
+            self.assertEqual(sum(name in line for line in skipped.splitlines()), 1, f"{name} in\n{skipped}")
+
+    def test_messy_manifest(self):
+        for name in ("a/one.wav", "b/one.wav", "../beside/two.wav", "three.wav", "four.wav"):
+            self.audio(name)
+        lines = ['{"audio_filepath": "a/one.wav", "text": "ONE", "lang": "en"}', '{"audio_filepath": "b/one.wav", "text": "ANOTHER"}',
+                 '{"audio_filepath": "../beside/two.wav", "text": "BESIDE"}', "", '{"audio_filepath": "four.wav", "te',
+                 json.dumps({"audio_filepath": str(self.corpus / "three.wav"), "text": "ÜBER ALL"}),
+                 '{"text": "NO PATH"}', '{"audio_filepath": "four.wav"}', '{"audio_filepath": "four.wav", "text": " "}',
+                 '{"audio_filepath": "a/one.wav", "text": "AGAIN"}', '{"audio_filepath": "lost.wav", "text": "LOST"}', "[]", "7",
+                 '{"audio_filepath": "four.wav", "text": null}', '{"audio_filepath": 7, "text": "SEVEN"}']
+        (self.corpus / "train.jsonl").write_text("\ufeff" + "\r\n".join(lines), "utf-8")
+        texts, skipped = self.tokenize()
+        self.assertEqual(sorted(texts.values()), ["ANOTHER", "BESIDE", "ONE", "ÜBER ALL"])
+        for number in (5, 7, 8, 12, 13, 15):
+            self.assertIn(f"line {number} ", skipped)
+        for name in ("lost.wav", "four.wav", "one.wav"):
+            self.assertIn(name, skipped)
+        self.assertEqual(rows(self.out)[0]["lang"], "en")
+        for row in rows(self.out):
+            self.assertTrue((self.out / row["array"]).resolve().is_relative_to(self.out.resolve()))
+
+    def test_codec_reads_the_same_messy_manifest(self):
+        self.audio("one.wav")
+        (self.corpus / "train.jsonl").write_text('{"audio_filepath": "one.wav", "text": "ONE"}\n{"broken\n{"text": "NO PATH"}\n')
+        found = codec_stage.find_audio(self.corpus, "train")
+        self.assertEqual([path.name for path in found], ["one.wav"])
+
+    def test_corpus_without_anything_usable_is_told_in_one_line(self):
+        self.audio("train/1-1-0.wav")
+        self.assertInputError("nothing that can be used", self.tokenize)
+        self.assertInputError("no such folder", codec_stage.corpus_subsets, str(self.folder / "nowhere"), (), ())
+        self.assertInputError("neither a folder nope/ nor", codec_stage.find_audio, self.corpus, "nope")
+
+
+class Tokens(Case):
+    def test_folder_holds_what_the_recogniser_needs(self):
+        out, codec = tokenize(self.folder), Codec.load(trained_codec())
+        meta = json.loads((out / "meta.json").read_text())
+        self.assertEqual((meta["codec"], meta["hop"], meta["sample_rate"]), (codec.fingerprint, 400, 16_000))
+        self.assertEqual((meta["codebooks"], meta["codebook_size"], meta["dim"]), (4, 1000, 16))
+        np.testing.assert_array_equal(np.load(out / "codebooks.npy"), codec.quantizer.codebooks().numpy())
+        for subset, count in (("train", 4), ("dev", 2), ("test", 2)):
+            self.assertEqual(len(rows(out, subset)), count)
+            for row in rows(out, subset):
+                array, wav = np.load(out / row["array"]), read_audio(row["audio"])
+                self.assertEqual((array.dtype, array.shape), (np.int16, (row["frames"], 4)))
+                self.assertEqual(row["frames"], -(-len(wav) // 400))
+                self.assertAlmostEqual(row["duration"], len(wav) / 16_000, places=3)
+                np.testing.assert_array_equal(array.T, codec.encode(wav[None])[0][0])   # alone, and there in a batch
+
+    def test_finished_work_is_not_done_again(self):
+        tokenize(self.folder)
+        arrays = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in self.folder.rglob("*/*.npy")}
+        lost, *kept = arrays
+        lost.unlink()
+        tokenize(self.folder)
+        self.assertEqual(lost.read_bytes(), arrays[lost][0])
+        for path in kept:
+            self.assertEqual(path.stat().st_mtime_ns, arrays[path][1])
+
+    def test_number_of_workers_changes_nothing(self):
+        noisy = ("--noise", "white", "babble", "--copies", "2", "--speeds", "0.9")
+        folders = [tokenize(self.folder / n, *noisy, "--workers", n) for n in "012"]
+        for path in folders[0].rglob("*.npy"):
+            for other in folders[1:]:
+                self.assertEqual(path.read_bytes(), (other / path.relative_to(folders[0])).read_bytes())
+
+    def test_copies_are_of_the_train_subset_and_point_to_their_original(self):
+        out = tokenize(self.folder, "--features", "mel", "--noise", "pink", "--copies", "2", "--speeds", "0.9", "1.1")
+        self.assertEqual([len(rows(out, subset)) for subset in ("train", "dev", "test")], [4 * (1 + 2 + 2), 2, 2])
+        originals = {row["id"]: row for row in rows(out) if "copy_of" not in row}
+        self.assertEqual(len(originals), 4)
+        for row in rows(out):
+            if "copy_of" in row:
+                original = originals[row["copy_of"]]
+                self.assertEqual(row["text"], original["text"])
+                speed = {"speed0.9": 0.9, "speed1.1": 1.1}.get(row["id"].rsplit("-", 1)[1], 1.0)
+                self.assertAlmostEqual(row["frames"], original["frames"] / speed, delta=1)
+                self.assertEqual(row["noisy"], speed == 1.0)
+
+    def test_tokens_of_two_codecs_do_not_mix(self):
+        tokenize(self.folder)
+        other = str(trained_codec("time", "rvq"))
+        self.assertInputError("give another --out", tokenize, self.folder, "--codec", other)
+        self.assertInputError("give another --out", tokenize, self.folder, "--features", "mel")
+
+    def test_float_features_lie_in_the_same_layout(self):
+        for features, hop, dim in (("mel", 400, 80), ("mel", 160, 80), ("latent", 400, 16)):
+            out = tokenize(self.folder / f"{features}{hop}", "--features", features, "--hop", hop)
+            row = rows(out)[0]
+            array = np.load(out / row["array"])
+            self.assertEqual((array.dtype, array.shape[1]), (np.float16, dim))
+            self.assertEqual(len(array), -(-sf.info(row["audio"]).frames // hop))
+            self.assertTrue(np.isfinite(array).all())
+
+    def test_recogniser_as_codec_is_told_in_one_line(self):
+        codec_stage.save_checkpoint(self.folder / "asr.pt", {"kind": "asr"})
+        self.assertInputError("holds asr", tokenize, self.folder / "out", "--codec", self.folder / "asr.pt")
+
+
+class Noises(Case):
+    def noise(self, kind, snr=(7.0, 7.0), seed=0):
+        speakers = sorted(small_corpus().rglob("*.flac"))
+        return Noise((kind,), snr, speakers, seed)
+
+    def test_measured_ratio_is_the_one_asked_for(self):
+        wav = noise(20_000)
+        for kind in ("white", "pink", "babble", str(small_corpus() / "dev")):
+            added = self.noise(kind)(wav, "1-1-0") - wav
+            self.assertAlmostEqual(10 * math.log10(wav.square().mean() / added.square().mean()), 7, delta=0.01)
+
+    def test_noise_follows_from_seed_and_id_alone(self):
+        wav = noise(20_000)
+        for kind in ("white", "pink", "babble"):
+            made = self.noise(kind, (0, 20))(wav, "1-1-0")
+            self.assertSame(self.noise(kind, (0, 20))(wav, "1-1-0"), made)
+            self.assertFalse(torch.equal(self.noise(kind, (0, 20))(wav, "1-1-1"), made))
+            self.assertFalse(torch.equal(self.noise(kind, (0, 20), seed=1)(wav, "1-1-0"), made))
+
+    def test_pink_noise_has_as_much_power_in_each_octave(self):
+        added = self.noise("pink")(torch.ones(1 << 16), "1-1-0") - 1
+        power = np.abs(np.fft.rfft(added.numpy())) ** 2
+        octaves = [power[1 << n:2 << n].sum() for n in range(8, 15)]
+        self.assertLess(max(octaves) / min(octaves), 1.5)
+
+    def test_babble_leaves_out_the_speaker(self):
+        files, heard = sorted(small_corpus().rglob("*.flac")), []
+        with mock.patch.object(tokenize_corpus, "read_audio", lambda path: heard.append(path) or noise(100)):
+            for _ in range(5):
+                self.noise("babble")(noise(1000), files[0].stem)
+        self.assertEqual(len(heard), 30)
+        self.assertNotIn(files[0].stem.split("-")[0], {path.stem.split("-")[0] for path in heard})
+
+    def test_unknown_kind_is_told_in_one_line(self):
+        self.assertInputError("not white, pink or babble", self.noise, "brown")
+
+
+# ---------------------------------------------------------------------------------------------------- asr_model.py
+
+class Recogniser(Case):
+    LENGTHS = [1, 2, 7, 30, 41]
+
+    def model(self, **more):
+        return CodecASR(12, **{"num_codebooks": 3, "codebook_size": 20, "dim": 8, "size": "tiny", "dropout": 0.0} | more).eval()
+
+    def tokens(self, *shape):
+        return torch.randint(20, shape)
+
+    def test_alone_equals_in_a_batch(self):
+        token_len, kinds = torch.tensor(self.LENGTHS), [dict(aggregate=name) for name in ("sum", "mean", "stack")]
+        for more in kinds + [dict(num_codebooks=0)]:
+            for subsampling in (1, 2, 4):
+                model = self.model(subsampling=subsampling, **more)
+                tokens = self.tokens(5, 41, 3) if model.num_codebooks else torch.randn(5, 41, 8)
+                with torch.inference_mode():
+                    log_probs, out_len = model(tokens, token_len)
+                    self.assertEqual(out_len.tolist(), [-(-n // subsampling) for n in self.LENGTHS])
+                    for i, n in enumerate(self.LENGTHS):
+                        alone, _ = model(tokens[i:i + 1, :n], token_len[i:i + 1])
+                        self.assertClose(log_probs[i, :out_len[i]], alone[0])
+
+    def test_padding_changes_nothing(self):
+        for training in (False, True):                  # dropout and augmentation are off: the model must be blind to it
+            model, token_len = self.model(subsampling=2).train(training), torch.tensor(self.LENGTHS)
+            tokens, other = self.tokens(5, 41, 3), self.tokens(5, 41, 3)
+            real = torch.arange(41)[None, :, None] < token_len[:, None, None]
+            one, out_len = model(tokens, token_len)
+            two, _ = model(torch.where(real, tokens, other), token_len)
+            for i, n in enumerate(out_len):
+                self.assertClose(one[i, :n], two[i, :n])
+
+    def test_embedding_begins_as_what_the_codec_decodes(self):
+        rvq = ResidualVQ(dim=16, num_codebooks=4, codebook_size=16)
+        rvq(torch.randn(2, 16, 50))
+        for quantizer in (rvq.eval(), GroupFSQ(4)):
+            latent = torch.randn(2, 16, 30)
+            tokens = quantizer.encode(latent)                                                   # (B, Q, T)
+            frames = tokens.transpose(1, 2)                                                     # (B, T, Q)
+            for aggregate, scale in (("sum", 1), ("mean", 4)):
+                model = self.model(num_codebooks=4, codebook_size=quantizer.codebook_size, dim=16, aggregate=aggregate)
+                model.start_from(quantizer.codebooks(), frames.flatten(0, 1))
+                emb = model.embed(frames, torch.ones(frames.shape))                             # (B, T, D)
+                self.assertClose(scale * emb.transpose(1, 2), quantizer.decode(tokens))
+                normal = (emb - model.mean) / model.deviation
+                self.assertClose(normal.mean((0, 1)), torch.zeros(16), atol=1e-4)
+                self.assertClose(normal.std((0, 1)), torch.ones(16), atol=1e-3)
+            first = self.model(num_codebooks=2, codebook_size=quantizer.codebook_size, dim=16)
+            first.start_from(quantizer.codebooks(), frames[..., :2].flatten(0, 1))
+            emb = first.embed(frames[..., :2], torch.ones(2, 30, 2))
+            self.assertClose(emb.transpose(1, 2), quantizer.decode(tokens[:, :2]))
+
+    def test_constant_dimension_is_not_blown_up(self):
+        model = self.model()
+        tables = torch.randn(3, 20, 8)
+        tables[:, :, 5] = 0.25
+        model.start_from(tables, self.tokens(100, 3))
+        self.assertGreater(model.deviation.min(), 1e-3)
+
+    def test_distant_frames_matter(self):
+        model, tokens = self.model(), self.tokens(1, 200, 3)
+        changed = tokens.clone()
+        changed[0, 0] = (changed[0, 0] + 1) % 20        # further away than four kernels of 15 reach: attention only
+        one, two = (model(t, torch.tensor([200]))[0][0, -1] for t in (tokens, changed))
+        self.assertGreater((one - two).abs().max(), 1e-6)
+
+    def test_order_of_frames_matters(self):
+        model, tokens = self.model(), self.tokens(1, 30, 3)
+        one, two = model(tokens, torch.tensor([30]))[0], model(tokens.flip(1), torch.tensor([30]))[0].flip(1)
+        self.assertGreater((one - two).abs().max(), 1e-3)
+
+
+class Augmentation(Case):
+    def test_evaluation_is_never_augmented(self):
+        model = CodecASR(12, 3, 20, 8, size="tiny", dropout=0.0)
+        tokens, token_len = torch.randint(20, (2, 50, 3)), torch.tensor([50, 20])
+        model.eval()
+        plain = model(tokens, token_len)[0]
+        model.augment = Augment(4, 2, 2, replace=0.5, noisy_embedding=5.0)
+        self.assertSame(model(tokens, token_len)[0], plain)
+        self.assertGreater((model.train()(tokens, token_len)[0] - plain).abs().max(), 1e-3)
+
+    def test_masks_stay_within_the_utterance_and_their_width(self):
+        lengths = torch.tensor([100] * 50 + [20] * 50)
+        spans = Augment().spans(120, lengths, 3, 0.25)                          # (B, 3, T)
+        hidden = spans.sum(2)
+        self.assertTrue((hidden <= 0.25 * lengths[:, None] + 1).all())
+        self.assertGreater(hidden[:50].max(), 20)                               # of at most 25
+        self.assertFalse(spans[50:, :, 20:].any())
+        self.assertTrue(spans[:50].any(1).any(0)[:100].float().mean() > 0.95)   # no place is spared
+
+    def test_hidden_codebooks_are_whole_codebooks_over_a_span(self):
+        tokens = torch.zeros(20, 100, 4, dtype=torch.long)
+        keep = Augment(codebook_masks=1).keep_codebooks(tokens, torch.full((20,), 100))
+        self.assertTrue(((keep == 0).any(1).sum(1) <= 1).all())                 # one mask: one codebook an utterance
+        self.assertTrue(0.1 < (keep == 0).float().mean() * 4 < 0.4)             # a quarter of the time on average
+
+    def test_masked_time_is_zero_in_all_dimensions(self):
+        emb = Augment(time_masks=4).hide(torch.ones(20, 200, 8), torch.full((20,), 200))
+        self.assertTrue((emb.amax(2) == emb.amin(2)).all())
+        self.assertTrue(0.02 < (emb == 0).float().mean() < 0.2)
+
+    def test_share_of_replaced_codes_is_the_one_asked_for(self):
+        tokens = torch.zeros(4, 1000, 8, dtype=torch.long)
+        changed = Augment(replace=0.3).change_codes(tokens, 1000)
+        self.assertAlmostEqual((changed != 0).float().mean().item(), 0.3, delta=0.02)
+        self.assertTrue(0 <= changed.min() and 900 < changed.max() < 1000)
+
+    def test_noise_on_embeddings_is_neftunes(self):
+        token_len, dim = torch.tensor([400, 100]), 32
+        emb = Augment(noisy_embedding=5.0).hide(torch.zeros(2, 400, dim), token_len)
+        for row, n in zip(emb, token_len.tolist()):
+            bound = 5 / math.sqrt(n * dim)              # of a uniform distribution
+            self.assertLessEqual(row[:n].abs().max(), bound)
+            self.assertAlmostEqual(row[:n].std().item(), bound / math.sqrt(3), delta=0.05 * bound)
+
+    def test_strength_zero_is_no_augmentation(self):
+        augment = Augment(4, 2, 2, replace=0.5, noisy_embedding=5.0, strength=0.0)
+        tokens, emb, token_len = torch.randint(20, (2, 50, 3)), torch.randn(2, 50, 8), torch.tensor([50, 20])
+        self.assertSame(augment.change_codes(tokens, 20), tokens)
+        self.assertEqual(augment.keep_codebooks(tokens, token_len).min(), 1)
+        self.assertSame(augment.hide(emb, token_len), emb)
+
+
+# ---------------------------------------------------------------------------------------------------- train_asr.py
+
+TEXTS = ["NINE MEN", "TEN HENS", "A GREEN SEA", "THE RAIN"]
+
+
+def token_folder(folder: Path, texts=TEXTS, frames_a_letter=3, dev=TEXTS[:2], copies=()) -> Path:
+    """What tokenize_corpus.py writes, without audio: each letter is a few frames of a code of its own."""
+    rng = np.random.default_rng(0)
+    books = rng.standard_normal((2, 64, 8)).astype(np.float32)
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "codebooks.npy", books)
+    for subset, lines in (("train", texts), ("dev", dev), ("test", dev)):
+        (folder / subset).mkdir(exist_ok=True)
+        items = [{"id": f"{subset}-{i}", "text": text, "lang": "en"} for i, text in enumerate(lines)]
+        items += [item | {"id": f"{item['id']}-{copy['kind']}", "copy_of": item["id"], "noisy": copy["noisy"]}
+                  for copy in copies if subset == "train" for item in items[:len(lines)]]
+        for item in items:
+            codes = np.repeat([ord(letter) % 64 for letter in item["text"]], frames_a_letter)
+            array = np.stack([codes, rng.integers(0, 64, len(codes))], 1).astype(np.int16)      # (T, Q)
+            item |= {"frames": len(array), "duration": len(array) / 40, "audio": "", "array": f"{subset}/{item['id']}.npy"}
+            np.save(folder / item["array"], array)
+        (folder / f"{subset}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    meta = {"format": 1, "features": "tokens", "codec": "abc", "codec_path": "", "sample_rate": 16_000, "hop": 400, "codebooks": 2,
+            "codebook_size": 64, "dim": 8, "train": ["train"], "dev": ["dev"], "test": ["test"]}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+class Training(Case):
+    def settings(self, **more):
+        return TrainSettings(**{"tokens": str(self.folder / "tokens"), "out": str(self.folder / "asr"), "device": "cpu"} | more)
+
+    def text(self, **more):
+        return Text.train([{"text": text, "lang": "en"} for text in TEXTS], self.settings(**more))
+
+    def data(self, **more):
+        return TrainSet(self.settings(**more), train_asr.read_meta(self.folder / "tokens"), self.text())
+
+    def train(self, **more):
+        train_asr.train(self.settings(**{"epochs": 4, "batch": 2.0} | more))
+        return torch.load(self.folder / "asr" / "asr.pt", weights_only=True)
+
+    def test_four_utterances_are_learnt_to_the_letter(self):
+        token_folder(self.folder / "tokens")
+        data, text = self.data(), self.text()
+        model = CodecASR(len(text), 2, 64, 8, size="tiny", dropout=0.0)
+        model.start_from(torch.from_numpy(np.load(self.folder / "tokens" / "codebooks.npy")), data.flat)
+        optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98))
+        everything, cpu = torch.arange(4), torch.device("cpu")
+        for step in range(150):
+            train_asr.train_step(model, optimiser, data, everything, 1e-3, cpu, 0, 1)
+            if step % 10 == 9:
+                wer, _ = train_asr.judge(model, data, text, 1000, cpu, False)
+                if wer == 0:
+                    break
+        self.assertEqual(wer, 0)
+
+    def test_utterance_too_short_for_ctc_is_dropped_and_named(self):
+        token_folder(self.folder / "tokens", ["NINE MEN", "SEES", "SEEN", "A"], frames_a_letter=1)
+        self.assertEqual(self.data().dropped, ["train-1", "train-2"])           # EE needs a blank between: five frames of four
+        self.assertEqual(self.data(subsampling=2).dropped, ["train-0", "train-1", "train-2"])
+        self.train(epochs=1)
+        self.assertRegex(self.output.getvalue(), "train-1, train-2")
+
+    def test_nothing_to_train_on_is_told_in_one_line(self):
+        token_folder(self.folder / "tokens", frames_a_letter=1)
+        self.assertInputError("long enough", self.train, subsampling=4)
+        self.assertInputError("run tokenize_corpus.py first", self.train, tokens=str(self.folder / "nowhere"))
+        self.assertInputError("--codebooks 3", self.train, codebooks=3)
+
+    def test_unknown_characters_become_no_blanks(self):
+        token_folder(self.folder / "tokens", ["NINE ÖMEN"])
+        data, text = self.data(), self.text()           # of TEXTS: it has never seen an Ö
+        self.assertIn(0, text.encode("NINE ÖMEN"))
+        self.assertEqual(data.targets[0].tolist(), text.encode("NINE MEN"))
+
+    def test_units_give_the_text_back_and_blank_is_index_0(self):
+        for units in ("char", "unigram", "bpe"):
+            text = self.text(units=units, vocab_size=24)
+            for line in TEXTS:
+                ids = text.encode(line)
+                self.assertEqual(text.decode(ids), line)
+                self.assertNotIn(0, ids)
+
+    def test_greedy_merges_repeats_and_drops_blanks(self):
+        text = self.text()
+        n, e = (text.units.piece_to_id(letter) for letter in "NE")
+        path = torch.tensor([[n, n, 0, e, 0, e, e, n, e]])                      # the last two are padding
+        log_probs = torch.nn.functional.one_hot(path, len(text)).float()
+        self.assertEqual(text.greedy(log_probs, torch.tensor([7])), ["NEE"])
+
+    def test_every_batch_is_within_its_bound_and_every_utterance_in_one(self):
+        token_folder(self.folder / "tokens", [("NINE MEN " * n).strip() for n in range(1, 40)])
+        data = self.data()
+        for generator in (None, torch.Generator().manual_seed(0)):
+            groups = data.batches(torch.arange(39), 2500, generator)
+            self.assertEqual(sorted(i for group in groups for i in group.tolist()), list(range(39)))
+            self.assertTrue(all(len(group) * data.lengths[group].max() <= 2500 for group in groups))
+        tokens, token_len = data.take(torch.tensor([3, 0]), torch.device("cpu"))
+        self.assertSame(tokens[1, :token_len[1]], torch.from_numpy(np.load(self.folder / "tokens" / "train" / "train-0.npy")))
+        self.assertEqual(tokens[1, token_len[1]:].abs().sum(), 0)
+
+    def test_an_epoch_takes_one_variant_of_each_utterance(self):
+        kinds = [dict(kind="speed0.9", noisy=False), dict(kind="noise0", noisy=True), dict(kind="noise1", noisy=True)]
+        token_folder(self.folder / "tokens", copies=kinds)
+        data, noisy = self.data(noisy_share=0.25), []
+        for number in range(200):
+            taken = [data.rows[i] for group in data.epoch(number, 1000, 1.0) for i in group.tolist()]
+            self.assertEqual(sorted(row.get("copy_of", row["id"]) for row in taken), [f"train-{i}" for i in range(4)])
+            noisy += [row.get("noisy", False) for row in taken]
+        self.assertAlmostEqual(np.mean(noisy), 0.25, delta=0.06)
+        early = [data.rows[i].get("noisy", False) for group in data.epoch(0, 1000, 0.0) for i in group.tolist()]
+        self.assertEqual(sum(early), 0)                 # the curriculum begins with clean speech
+
+    def test_resumed_run_equals_uninterrupted_run(self):
+        token_folder(self.folder / "tokens")
+        more = dict(noisy_embedding=5.0, replace=0.1, curriculum=6)
+        straight = self.train(**more, out=str(self.folder / "asr"))
+        (self.folder / "asr" / "asr.pt").unlink()
+        step, began = train_asr.train_step, []
+
+        def interrupted(*things):
+            began.append(1)
+            if len(began) > straight["step"] // 2 + 1:  # Ctrl-C in the middle of the third of four epochs
+                raise KeyboardInterrupt
+            return step(*things)
+        with mock.patch.object(train_asr, "train_step", interrupted), self.assertRaises(KeyboardInterrupt):
+            self.train(**more)
+        resumed = self.train(**more)
+        self.assertIn("continuing after epoch 2 of 4", self.output.getvalue())
+        self.assertEqual(resumed["step"], straight["step"])
+        for name, value in straight["last"].items():
+            self.assertSame(value, resumed["last"][name], name)
+
+    def test_run_goes_on_only_with_what_it_began_with(self):
+        token_folder(self.folder / "tokens")
+        self.train(epochs=1)
+        self.assertInputError("trained with --time-masks", self.train, epochs=1, time_masks=1)
+        meta = json.loads((self.folder / "tokens" / "meta.json").read_text())
+        (self.folder / "tokens" / "meta.json").write_text(json.dumps(meta | {"codec": "another"}))
+        self.assertInputError("tokens of codec", self.train, epochs=1)
+
+    def test_codec_as_recogniser_and_the_reverse_are_told_in_one_line(self):
+        token_folder(self.folder / "tokens")
+        self.train(epochs=1)
+        self.assertInputError("holds asr", Codec.load, self.folder / "asr" / "asr.pt")
+        (self.folder / "asr" / "asr.pt").write_bytes(trained_codec().read_bytes())
+        self.assertInputError("holds codec", self.train)
+
+
+# ---------------------------------------------------------------------------------------------------- evaluate.py
+
+@unittest.skipUnless((HERE / "evaluate.py").exists(), "evaluate.py is not written yet")
+class Evaluation(Case):
+    pass
+
+
+# ---------------------------------------------------------------------------------------------------- all together
+
+class WholeRuns(Case):
+    def test_the_four_codecs_go_through_all_stages(self):
+        for kind in FOUR_CODECS:
+            tokens, asr = self.folder / "-".join(kind), self.folder / f"asr-{'-'.join(kind)}"
+            tokenize(tokens, "--codec", trained_codec(*kind))
+            train_asr.main(["--tokens", str(tokens), "--epochs", "1", "--batch", "10", "--device", "cpu", "--out", str(asr)])
+            self.assertTrue((asr / "asr.pt").is_file())
+            self.assertEqual(len((asr / "log.jsonl").read_text().splitlines()), 1)
+
+    def test_scripts_answer_bad_input_in_one_line(self):
+        nowhere = str(self.folder / "nowhere")
+        commands = [["codec.py", "--corpus", nowhere], ["tokenize_corpus.py", "--codec", nowhere, "--corpus", str(small_corpus())],
+                    ["train_asr.py", "--tokens", nowhere]]
+        commands += [["evaluate.py", "--asr", nowhere]] if (HERE / "evaluate.py").exists() else []
+        for command, running in [(command, subprocess.Popen([sys.executable, HERE / command[0], *command[1:]], cwd=self.folder,
+                                                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)) for command in commands]:
+            _, complaint = running.communicate()
+            self.assertEqual(running.returncode, 2, complaint)
+            self.assertRegex(complaint, r"\Aerror: .*nowhere.*\n\Z")
+
+
+SCRIPT = """
+import json, os, sys
+import torch, torch.distributed as dist
+import codec, tokenize_corpus, train_asr
+folder, corpus, tokens = sys.argv[1:]
+rank, losses = os.environ.get("RANK", "0"), []
+log_and_save, train_step = codec.log_and_save, train_asr.train_step
+
+def save_books(recent, step, settings, nets, *rest):
+    torch.save(getattr(nets[0], "module", nets[0]).quantizer.state_dict(), f"{folder}/books{rank}.pt")
+    log_and_save(recent, step, settings, nets, *rest)
+
+def save_loss(*things):
+    losses.append(train_step(*things))
+    return losses[-1]
+
+codec.log_and_save, train_asr.train_step = save_books, save_loss
+codec.main(["--corpus", corpus, "--quantizer", "rvq", "--codebooks", "2", "--steps", "3", "--batch", "4", "--device", "cpu", "--out", f"{folder}/codec"])
+if dist.is_initialized():
+    dist.destroy_process_group()
+train_asr.main(["--tokens", tokens, "--epochs", "2", "--batch", "100", "--dropout", "0", "--time-masks", "0", "--codebook-masks", "0",
+                "--feature-masks", "0", "--device", "cpu", "--out", f"{folder}/asr"])
+json.dump([loss.item() for loss in losses], open(f"{folder}/losses{rank}.json", "w"))
+"""
+
+
+@unittest.skipUnless(torch.distributed.is_available(), "torch was built without torch.distributed")
+class TwoProcesses(Case):
+    """codec.py and train_asr.py under torchrun, over gloo, next to the same in one process."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = Path(SCRATCH.name) / "processes"
+        script, tokens = cls.folder / "script.py", token_folder(cls.folder / "tokens")
+        script.write_text(SCRIPT)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for count, start in ((1, []), (2, ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={port}"])):
+            (cls.folder / str(count)).mkdir()
+            done = subprocess.run([sys.executable, *start, script, cls.folder / str(count), small_corpus(), tokens], text=True, capture_output=True,
+                                  env=os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+            if done.returncode:
+                raise AssertionError(f"{count} processes: {done.stderr[-3000:]}")
+
+    def test_both_processes_keep_the_same_codebooks(self):
+        one, other = (torch.load(TwoProcesses.folder / "2" / f"books{rank}.pt") for rank in "01")
+        for name, value in one.items():
+            self.assertSame(value, other[name], name)
+
+    def test_two_processes_learn_what_one_would(self):
+        one, first, second = (json.loads((TwoProcesses.folder / name).read_text()) for name in ("1/losses0.json", "2/losses0.json", "2/losses1.json"))
+        self.assertEqual(len(one), len(first))
+        both = [(a + b) / 2 for a, b in zip(first, second)]
+        np.testing.assert_allclose(both, one, rtol=1e-4)
+
+
+def load_tests(loader, _tests, _pattern):
+    """All classes in the order in which they stand here."""
+    return unittest.TestSuite(loader.loadTestsFromTestCase(case) for case in list(globals().values())
+                              if isinstance(case, type) and issubclass(case, Case))
+
+
+if __name__ == "__main__":
+    result = unittest.main(verbosity=2, exit=False).result
+    failed = len({getattr(test, "test_case", test).id() for test, _ in result.failures + result.errors})
+    skipped = len(result.skipped)
+    print(f"{max(0, result.testsRun - failed - skipped)} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
+    sys.exit(not result.wasSuccessful())
