@@ -12,17 +12,25 @@ WER, CER: word and character error rate, (substitutions + deletions + insertions
 """
 
 import json
+import math
+import resource
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import jiwer
 import numpy as np
+import soundfile as sf
 import torch
+import torchaudio
 from torch import Tensor
 from tqdm import tqdm
 
-from codec import SAMPLE_RATE, InputError, LogMel, option, parse, pick_device, read_audio, run, write_atomically
+from asr_model import CodecASR
+from codec import (SAMPLE_RATE, Codec, CodecSettings, InputError, LogMel, MelDistance, option, parse, pick_device, read_audio,
+                   run, write_atomically)
+from quantizers import GroupFSQ, ResidualVQ
 from tokenize_corpus import FrontEnd, Noise
 import train_asr
 from train_asr import Text, TokenSet, build_model, load_checkpoint
@@ -353,6 +361,92 @@ def content(settings: EvalSettings) -> None:
     save_report(settings.out, "content", rows, page)
 
 
+# ---------------------------------------------------------------------------------------------------- speed
+
+def race(ours, usual=None, rounds: int = 5) -> tuple[float, float]:
+    """Median seconds of both, run in turns, so that a slow moment of the machine hits both. Once before, unmeasured."""
+    times = [[], []]
+    for number in range(rounds + 1):
+        for function, taken in zip((ours, usual), times):
+            if function:
+                began = time.perf_counter()
+                function()
+                torch.cuda.synchronize() if torch.cuda.is_available() else None
+                taken.append(time.perf_counter() - began)
+    return tuple(float(np.median(taken[1:])) if taken else math.nan for taken in times)
+
+
+def backward(run_model):
+    """A function that runs forward and backward."""
+    return lambda: run_model().sum().backward()
+
+
+def train_epoch(model: CodecASR, arrays, frames: int):
+    """A function that trains on one batch; arrays() gives its input (B, T, ...). The targets are the same for all."""
+    optimiser, targets = torch.optim.AdamW(model.parameters()), torch.randint(1, 30, (8, 100))
+
+    def step() -> None:
+        log_probs, out_len = model(arrays(), torch.full((8,), frames))
+        loss = torch.nn.functional.ctc_loss(log_probs.transpose(0, 1), targets, out_len, torch.full((8,), 100))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return step
+
+
+def benchmark(settings: EvalSettings) -> None:
+    """What a user waits for, in seconds of audio a second, beside the same work done the usual way, in one run."""
+    torch.manual_seed(settings.seed)
+    device = pick_device(settings.device)
+    wav = 0.05 * torch.randn(8, 10 * SAMPLE_RATE, device=device)               # 8 utterances of 10 s
+    rows = []
+
+    def add(what: str, seconds: float, ours, way: str = "", usual=None) -> None:
+        mine, other = race(ours, usual)
+        rows.append({"what": what, "audio_seconds_a_second": seconds / mine, "usual_way": way, "times_as_fast": other / mine})
+        print(f"{what:60s} {seconds / mine:10.0f}" + (f"   {other / mine:6.2f} x  {way}" if usual else ""), flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        names = [f"{folder}/{i}.flac" for i in range(8)]
+        for name, row in zip(names, wav.cpu()):
+            sf.write(name, row.numpy(), SAMPLE_RATE)
+        add("read 8 FLAC files of 10 s", 80, lambda: [read_audio(name) for name in names])
+        for encoder, quantizer in (("mel", "fsq"), ("mel", "rvq"), ("time", "fsq"), ("time", "rvq")):
+            codec = Codec(CodecSettings(encoder=encoder, quantizer=quantizer, size="small")).to(device).eval()
+            whole = torch.inference_mode()(lambda: codec.quantizer.encode(codec.encoder(wav)))
+            add(f"encode one utterance, {encoder} {quantizer} small", 10, lambda: codec.encode(wav[:1]))
+            add(f"encode 8 in a batch, {encoder} {quantizer} small", 80, lambda: codec.encode(wav), "the whole batch at once", whole)
+        latent = torch.randn(16, 128, 400, device=device)
+        for quantizer, part in ((ResidualVQ(), latent), (GroupFSQ(), latent[:, :32])):
+            quantizer.to(device).train()(part)
+            name = type(quantizer).__name__
+            add(f"{name}, training, latent (16, {part.shape[1]}, 400)", 160, lambda: quantizer(part))
+            add(f"{name}, tokens only", 160, lambda: quantizer.eval().encode(part))
+        distance = MelDistance().to(device)
+        add("codec training step, mel fsq small, 16 s", 16, backward(
+            lambda: distance(wav[:, :2 * SAMPLE_RATE], codec(wav[:, :2 * SAMPLE_RATE])[0])))
+        model, theirs = CodecASR(32, size="small").to(device), torchaudio.models.Conformer(144, 4, 576, 6, 15, dropout=0.1).to(device)
+        tokens, lengths = torch.randint(1000, (8, 400, 8), device=device), torch.full((8,), 400, device=device)
+        features = torch.randn(8, 400, 144, device=device)
+        add("recogniser small, forward and backward", 80, backward(lambda: model.train()(tokens, lengths)[0]),
+            "torchaudio.models.Conformer", backward(lambda: theirs.train()(features, lengths)[0]))
+        with torch.inference_mode():
+            add("recogniser small, inference", 80, lambda: model.eval()(tokens, lengths),
+                "torchaudio.models.Conformer", lambda: theirs.eval()(features, lengths))
+        if device == "cpu":
+            mel = LogMel(400, 160, 80)
+            on_the_fly = lambda: mel(torch.stack([read_audio(name) for name in names])).transpose(1, 2)    # noqa: E731
+            for sub, way in ((4, "log-mel from audio, 10 ms, 4x subsampling"), (1, "log-mel from audio, 10 ms")):
+                add("training on tokens from memory, 8 x 10 s", 80, train_epoch(model.train(), lambda: tokens, 400), way,
+                    train_epoch(CodecASR(32, 0, 0, 80, size="small", subsampling=sub).train(), on_the_fly, 1000))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(f"peak memory {peak:.1f} GB; {torch.get_num_threads()} threads on {device}")
+    page = "| what | audio seconds a second | times as fast as | |\n|---|---|---|---|\n" + "".join(
+        f"| {row['what']} | {row['audio_seconds_a_second']:.0f} | " + (f"{row['times_as_fast']:.2f}" if row["usual_way"] else "") +
+        f" | {row['usual_way']} |\n" for row in rows)
+    save_report(settings.out, "benchmark", rows, page)
+
+
 # ---------------------------------------------------------------------------------------------------- pictures
 
 def figure(rows: int, width: float = 9.0, height: float = 1.9, **more):
@@ -424,6 +518,8 @@ def main(arguments: list[str] | None = None) -> None:
         compare(settings)
     elif settings.content:
         content(settings)
+    elif settings.benchmark:
+        benchmark(settings)
     else:
         evaluate(settings)
 
