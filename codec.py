@@ -28,6 +28,7 @@ import tarfile
 import urllib.error
 import urllib.request
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
@@ -45,6 +46,10 @@ from tqdm import tqdm
 from quantizers import GroupFSQ, Quantized, ResidualVQ, usage_and_perplexity
 
 SAMPLE_RATE = 16_000
+
+
+class InputError(ValueError):
+    """Bad input, told in one line: what, where, what to do. The scripts print it and exit with code 2."""
 
 
 def option(default, help, **more):
@@ -82,12 +87,15 @@ class CodecSettings:
     def hop(self) -> int:
         return math.prod(self.strides)
 
+    def __post_init__(self):
+        if self.hop % 2 or min(self.strides) < 1:
+            raise InputError(f"--strides {' '.join(map(str, self.strides))}: their product, samples a frame, must be even")
+        for name in ("codebooks", "steps", "batch", "crop", "lr"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"--{name} {getattr(self, name)}: must be above 0")
+
 
 # ---------------------------------------------------------------------------------------------------- audio and corpora
-
-class InputError(ValueError):
-    """Bad input, told in one line: what, where, what to do. The scripts print it and exit with code 2."""
-
 
 AUDIO_ENDINGS = {".flac", ".wav", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".caf", ".w64"}
 DATA = Path("data")                             # where named corpora are kept
@@ -118,17 +126,21 @@ def read_audio(path: str | Path, sample_rate: int = SAMPLE_RATE) -> Tensor:
     return wav if rate == sample_rate else torchaudio.functional.resample(wav, rate, sample_rate)
 
 
-def corpus_subsets(corpus: str, train: tuple, dev: tuple, test: tuple = ()) -> tuple[Path, tuple, tuple, tuple]:
-    """Corpus name or folder and the subsets asked for -> folder and subsets; named corpora are made or fetched."""
-    folder, *defaults = CORPORA.get(corpus, (Path(corpus), ("train",), ("dev",), ("test",)))
-    chosen = [tuple(asked) or default for asked, default in zip((train, dev, test), defaults)]
+def corpus_subsets(corpus: str, train: tuple, dev: tuple, test: tuple | None = None) -> tuple[Path, tuple, tuple, tuple]:
+    """Corpus name or folder and the subsets asked for -> folder and subsets; named corpora are made or fetched.
+
+    An empty tuple stands for the usual subsets of this corpus; test None for none."""
+    folder, *usual = CORPORA.get(corpus, (Path(corpus), ("train",), ("dev",), ("test",)))
+    if test is None:
+        test, usual[2] = (), ()
+    chosen = [tuple(asked) or default for asked, default in zip((train, dev, test), usual)]
     if corpus not in CORPORA and not folder.is_dir():
         raise InputError(f"--corpus {corpus}: no such folder, and no corpus of that name; known: {', '.join(CORPORA)}")
     if corpus == "synthetic" and first_process():
         make_synthetic(folder)
     elif corpus in CORPORA and first_process():
-        for name in [name for names in chosen for name in names]:
-            fetch_librispeech(folder, name)
+        for subset in sum(chosen, ()):
+            fetch_librispeech(folder, subset)
     if dist.is_initialized():
         dist.barrier()                          # the other processes wait until the corpus is there
     return folder, *chosen
@@ -143,10 +155,22 @@ def find_audio(folder: Path, subset: str) -> list[Path]:
     if (folder / subset).is_dir():
         return sorted(path for path in (folder / subset).rglob("*") if path.suffix.lower() in AUDIO_ENDINGS)
     if (folder / f"{subset}.jsonl").is_file():
-        rows = (json.loads(line) for line in (folder / f"{subset}.jsonl").read_text("utf-8-sig").splitlines() if line.strip())
-        return [folder / row["audio_filepath"] for row in rows]
+        return [folder / row["audio_filepath"] for row in read_manifest(folder / f"{subset}.jsonl")[0]]
     raise InputError(f"{folder}: has neither a folder {subset}/ nor a manifest {subset}.jsonl; it holds: "
                      + (", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"))
+
+
+def read_manifest(path: Path) -> tuple[list[dict], list[str]]:
+    """JSON lines with at least audio_filepath, relative to the manifest -> rows, and a line on each that is none."""
+    rows, skipped = [], []
+    for number, line in enumerate(path.read_text("utf-8-sig", errors="replace").splitlines(), 1):
+        try:
+            if line.strip():
+                row = json.loads(line)
+                rows.append({**row, "audio_filepath": str(row["audio_filepath"])})
+        except (ValueError, KeyError, TypeError) as error:
+            skipped.append(f"{path}: line {number} is not a row with audio_filepath ({error!r})")
+    return rows, skipped
 
 
 def fetch_librispeech(folder: Path, subset: str) -> None:
@@ -158,12 +182,16 @@ def fetch_librispeech(folder: Path, subset: str) -> None:
     if subset in MINI_MD5:
         archive = download(f"{MINI}{subset}.tar.gz", partial / f"{subset}.tar.gz", MINI_MD5[subset])
         print(f"unpacking {archive.name}")
-        with tarfile.open(archive) as tar:
-            tar.extractall(partial, filter="data")      # refuses links and paths that lead outside
+        try:
+            with tarfile.open(archive) as tar:
+                tar.extractall(partial, filter="data")  # refuses links and paths that lead outside
+        except tarfile.TarError as error:
+            raise InputError(f"{archive}: refused to unpack it: {error}") from None
     else:
         torchaudio.datasets.LIBRISPEECH(partial, subset, download=True)
     folder.mkdir(parents=True, exist_ok=True)
     os.replace(partial / "LibriSpeech" / subset, folder / subset)
+    shutil.rmtree(partial)
 
 
 def download(url: str, path: Path, md5: str) -> Path:
@@ -374,9 +402,9 @@ def make_synthetic(root: Path, seed: int = 0, sizes={"train": 600, "dev": 60, "t
 
 def conv(channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> nn.Module:
     """Convolution padded so that T steps in give T / stride steps out."""
-    left = (kernel - stride) // 2
-    return nn.Sequential(nn.ConstantPad1d((left, kernel - stride - left), 0.0),
-                         nn.Conv1d(channels_in, channels_out, kernel, stride))
+    both, right = divmod(kernel - stride, 2)
+    layer = nn.Conv1d(channels_in, channels_out, kernel, stride, padding=both)
+    return nn.Sequential(nn.ConstantPad1d((0, 1), 0.0), layer) if right else layer
 
 
 class Residual(nn.Module):
@@ -404,7 +432,7 @@ class LogMel(nn.Module):
         left = (self.n_fft - self.hop) // 2     # each frame's window is centred on the samples that it stands for
         wav = F.pad(wav, (left, self.n_fft - self.hop - left))
         spectrum = torch.stft(wav, self.n_fft, self.hop, window=self.window, center=False, return_complex=True)
-        return (self.bands @ spectrum.abs().square()).clamp(min=1e-5).log()
+        return (self.bands @ torch.view_as_real(spectrum).square().sum(-1)).clamp(min=1e-5).log()
 
 
 class MelEncoder(nn.Sequential):
@@ -663,6 +691,7 @@ class Crops:
         self.length = max(1, round(settings.crop * SAMPLE_RATE / settings.hop)) * settings.hop
         self.cache, self.room = {}, 2 << 30             # decoded audio as int16, up to 2 GiB
         self.unreadable: dict[Path, str] = {}
+        self.odd = Counter()                            # what is strange about how many files
 
     def read(self, path: Path) -> np.ndarray | None:
         if path not in self.cache and path not in self.unreadable:
@@ -671,6 +700,9 @@ class Crops:
             except InputError as error:
                 self.unreadable[path] = str(error)
                 return None
+            self.odd.update(name for name, found in (
+                ("silent", np.abs(wav).max() < 30), ("clipped", np.mean(np.abs(wav) > 32700) > 0.01),
+                ("shifted off zero", abs(wav.mean()) > 1000)) if found)
             if self.room < wav.nbytes:
                 return wav
             self.cache[path], self.room = wav, self.room - wav.nbytes
@@ -730,8 +762,10 @@ def train(settings: CodecSettings) -> None:
                 recent.clear()
     if rank == 0:
         report(codec, [path for subset in dev_subsets for path in find_audio(folder, subset)][:100], out)
-        for path, why in crops.unreadable.items():
+        for why in crops.unreadable.values():
             print(f"skipped: {why}")
+        for name, count in crops.odd.items():
+            print(f"odd: {count} of {len(files)} files are {name}")
         print(f"wrote {out / 'codec.pt'}; next: python tokenize_corpus.py --codec {out / 'codec.pt'}")
 
 
@@ -883,6 +917,8 @@ def resume(path: Path, settings: CodecSettings, nets: list[nn.Module], optimiser
 
 def pick_device(name: str) -> str:
     if name != "auto":
+        if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not torch.backends.mps.is_available()):
+            raise InputError(f"--device {name}: this machine, or this build of torch, has none; try --device cpu")
         return name
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 

@@ -204,6 +204,7 @@ def judge(recogniser: Recogniser, data: TokenSet, seed: int) -> tuple[Score, dic
     score = Score([row["text"] for row in data.rows], list(hyps))
     summary = score.summary(seed)
     summary["real_time_factor"] = seconds / sum(row["duration"] for row in data.rows)
+    summary["unknown_characters"] = sum(recogniser.text.encode(ref).count(0) for ref in score.refs)
     languages = sorted({row["lang"] for row in data.rows} - {""})
     if len(languages) > 1:
         of = np.array([row["lang"] for row in data.rows])

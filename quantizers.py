@@ -63,7 +63,13 @@ class ResidualVQ(nn.Module):
         self.register_buffer("embed", torch.zeros(num_codebooks, codebook_size, dim))
         self.register_buffer("ema_sum", torch.zeros(num_codebooks, codebook_size, dim))
         self.register_buffer("ema_count", torch.zeros(num_codebooks, codebook_size))
-        self.register_buffer("ready", torch.tensor(False))      # have the codebooks been initialised from data?
+        self.ready = False                                      # have the codebooks been initialised from data?
+
+    def get_extra_state(self) -> Tensor:                        # `ready` is saved with the codebooks; it is no buffer,
+        return torch.tensor(self.ready)                         # because asking a GPU for it would cost a wait a step
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.ready = bool(state)
 
     def codebooks(self) -> Tensor:
         return self.embed                                       # (Q, K, D)
@@ -136,7 +142,7 @@ class ResidualVQ(nn.Module):
             self.ema_count[level] = 1.0
             self.ema_sum[level] = centres
             residual = residual - centres[nearest(residual, centres)]
-        self.ready.fill_(True)
+        self.ready = True
 
     @torch.no_grad()
     def update(self, level: int, residual: Tensor, index: Tensor, active: Tensor) -> None:

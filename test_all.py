@@ -15,6 +15,7 @@ import copy
 import functools
 import hashlib
 import http.server
+import importlib.util
 import io
 import json
 import math
@@ -30,17 +31,18 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
 
+import jiwer
 import numpy as np
 import soundfile as sf
 import torch
 
-import asr_model
 import codec as codec_stage
+import evaluate
 import tokenize_corpus
 import train_asr
 from asr_model import Augment, CodecASR
 from codec import Codec, CodecSettings, Crops, InputError, make_synthetic, read_audio
-from quantizers import GroupFSQ, ResidualVQ
+from quantizers import GroupFSQ, ResidualVQ, usage_and_perplexity
 from tokenize_corpus import Noise, read_subset
 from train_asr import Text, TrainSet, TrainSettings
 
@@ -127,17 +129,13 @@ class Quantizers(Case):
 
     def test_sum_of_codebook_rows_is_the_decoded_latent(self):
         for quantizer in (self.rvq(), GroupFSQ(4)):
-            tokens, books = quantizer.encode(self.latent()), quantizer.codebooks()
-            self.assertEqual(books.shape, (4, quantizer.codebook_size, 16))
-            total = sum(book[level] for book, level in zip(books, tokens.unbind(1)))            # (B, T, D)
-            self.assertClose(total.transpose(1, 2), quantizer.decode(tokens))
-
-    def test_forward_encode_and_decode_agree(self):
-        for quantizer in (self.rvq(), GroupFSQ(4)):
-            latent = self.latent()
+            latent, books = self.latent(), quantizer.codebooks()
             result = quantizer(latent)
-            self.assertSame(result.tokens, quantizer.encode(latent))
-            self.assertClose(result.latent, quantizer.decode(result.tokens))
+            rows = sum(book[level] for book, level in zip(books, result.tokens.unbind(1)))      # (B, T, D)
+            self.assertEqual(books.shape, (4, quantizer.codebook_size, 16))
+            self.assertClose(rows.transpose(1, 2), quantizer.decode(result.tokens))
+            self.assertClose(rows.transpose(1, 2), result.latent)
+            self.assertSame(quantizer.encode(latent), result.tokens)
 
     def test_gradient_passes_rvq_once_whatever_its_depth(self):
         quantizer = self.rvq()
@@ -171,12 +169,6 @@ class Quantizers(Case):
             self.assertLess((quantizer.embed[0, 3] - 5).abs().max(), 5)
         self.assertEqual(usage[0], 1)                   # all eight codes are in use, number 3 among them
 
-    def test_codes_that_are_in_use_are_not_moved(self):
-        quantizer = self.rvq(codebook_size=4, dead_below=0.03).train()
-        before = quantizer.embed.clone()
-        quantizer(self.latent())
-        self.assertLess((quantizer.embed - before).norm() / before.norm(), 0.1)
-
     def test_first_codebooks_alone_decode_and_more_are_better(self):
         quantizer, latent = self.rvq(), self.latent()
         tokens = quantizer.encode(latent)
@@ -206,35 +198,28 @@ class Quantizers(Case):
             self.assertLess(after, 0.85 * before)
 
     def test_padding_is_in_no_statistic(self):
-        torch.manual_seed(1)
-        alone, padded = ResidualVQ(16, 4, 16, dead_below=0, dropout=0), ResidualVQ(16, 4, 16, dead_below=0, dropout=0)
-        latent = self.latent(time=20)
-        long = torch.cat([latent, torch.full((4, 16, 15), 1e3)], 2)
-        length = torch.full((4,), 20)
+        latent, length = self.latent(time=20), torch.full((4,), 20)
+        padded = torch.cat([latent, torch.full((4, 16, 15), 1e3)], 2)
+        one, other = (ResidualVQ(16, 4, 16, dead_below=0, dropout=0) for _ in range(2))
         for _ in range(3):
-            torch.manual_seed(2)
-            one = alone(latent)
-            torch.manual_seed(2)
-            other = padded(long, length)
+            torch.manual_seed(1)
+            alone = one(latent)
+            torch.manual_seed(1)
+            result = other(padded, length)
         for name in ("loss", "usage", "perplexity"):
-            self.assertClose(getattr(one, name), getattr(other, name))
-        for name, value in alone.state_dict().items():
-            self.assertClose(value, padded.state_dict()[name])
-        fsq = GroupFSQ(4)
-        self.assertClose(fsq(latent).usage, fsq(long, length).usage)
-
-    def test_dead_code_never_moves_to_padding(self):
-        quantizer = ResidualVQ(16, 2, 64, dead_below=0.9, dropout=0)
-        latent = torch.cat([self.latent(), torch.full((4, 16, 60), 1e3)], 2)
+            self.assertClose(getattr(alone, name), getattr(result, name))
+        for name, value in one.state_dict().items():
+            self.assertClose(value, other.state_dict()[name])
+        self.assertClose(GroupFSQ(4)(latent).usage, GroupFSQ(4)(padded, length).usage)
+        restless = ResidualVQ(16, 2, 64, dead_below=0.9, dropout=0)             # nearly all its codes are dead: none may move to padding
         for _ in range(5):
-            quantizer(latent, torch.full((4,), 60))
-        self.assertLess(quantizer.embed.abs().max(), 50)
+            restless(padded, length)
+        self.assertLess(restless.embed.abs().max(), 50)
 
     def test_perplexity_is_the_number_of_codes_used_alike(self):
         tokens = torch.tensor([0, 1, 2, 3]).repeat(6).view(1, 1, 24)
-        usage, perplexity = codec_stage.usage_and_perplexity(tokens, torch.ones(1, 24), 16)
-        self.assertClose(usage, torch.tensor([0.25]))
-        self.assertClose(perplexity, torch.tensor([4.0]), atol=1e-3)
+        usage, perplexity = usage_and_perplexity(tokens, torch.ones(1, 24), 16)
+        self.assertClose(torch.cat([usage, perplexity]), torch.tensor([0.25, 4.0]), atol=1e-3)
 
     def test_fsq_reaches_every_index(self):
         fsq, grid = GroupFSQ(1), torch.linspace(-5, 5, 201)
@@ -304,13 +289,6 @@ class Codecs(Case):
                 self.assertEqual(tokens[i, :, token_len[i]:].abs().sum(), 0)
             self.assertGreater(len(tokens.unique()), 20)                        # a constant would be the same too
 
-    def test_latent_is_what_the_tokens_stand_for(self):
-        for kind in FOUR_CODECS:
-            codec, wav = self.codec(*kind), noise(2, 50_000)
-            tokens, _ = codec.encode(wav)
-            latent, _ = codec.latent(wav)
-            self.assertSame(codec.quantizer.encode(latent), tokens)
-
     def test_windows_see_what_the_encoder_sees(self):
         for kind in FOUR_CODECS:                        # 2 s: one window; its context is silence, as the encoder's padding is
             codec, wav = self.codec(*kind), noise(1, 32_000)
@@ -318,21 +296,17 @@ class Codecs(Case):
                 whole = codec.encoder(torch.nn.functional.pad(wav, (8000, 8000)))[:, :, 20:-20]
             self.assertClose(codec.latent(wav)[0], whole, atol=1e-3)
 
-    def test_tokens_and_fingerprint_survive_saving(self):
-        wav = noise(2, 20_000)
-        for kind in FOUR_CODECS:
-            codec = self.codec(*kind)
+    def test_tokens_and_fingerprint_survive_saving_and_tell_codecs_apart(self):
+        codecs, wav = [self.codec(*kind) for kind in FOUR_CODECS], noise(2, 20_000)
+        for codec in codecs:
             loaded = Codec.load(self.save(codec))
             self.assertSame(loaded.encode(wav)[0], codec.encode(wav)[0])
             self.assertEqual(loaded.fingerprint, codec.fingerprint)
-
-    def test_fingerprint_tells_codecs_apart(self):
-        other = copy.deepcopy(self.codec("mel", "rvq"))
-        other.quantizer.embed[0, 0, 0] += 1e-3
-        weights = copy.deepcopy(self.codec())
-        next(weights.encoder.parameters()).data += 1e-3
-        codecs = [self.codec(*kind) for kind in FOUR_CODECS] + [other, weights, self.codec("mel", "fsq", (2, 4, 5, 5))]
-        self.assertEqual(len({codec.fingerprint for codec in codecs}), len(codecs))
+        codebook, weight = copy.deepcopy(self.codec("mel", "rvq")), copy.deepcopy(self.codec())
+        codebook.quantizer.embed[0, 0, 0] += 1e-3
+        next(weight.encoder.parameters()).data += 1e-3
+        codecs += [codebook, weight, self.codec(strides=(2, 4, 5, 5))]
+        self.assertEqual(len({codec.fingerprint for codec in codecs}), 7)
 
     def test_decoded_length_is_frames_times_hop(self):
         for kind in FOUR_CODECS:
@@ -340,10 +314,6 @@ class Codecs(Case):
                 tokens = torch.randint(1000, (2, 4, frames))
                 self.assertEqual(self.codec(*kind).decode(tokens).shape, (2, 400 * frames))
                 self.assertEqual(self.codec(*kind).decode(tokens[:, :2]).shape, (2, 400 * frames))
-
-    def test_bitrate_is_that_of_the_paper(self):
-        codec = Codec(CodecSettings(quantizer="rvq", strides=(2, 4, 5, 5)))     # 80 frames of 8 codebooks of 10 bits
-        self.assertEqual((codec.frame_rate, codec.bitrate), (80, 6400))
 
     def test_wrong_or_damaged_checkpoint_is_told_in_one_line(self):
         path = self.folder / "codec.pt"
@@ -389,18 +359,6 @@ class CodecTraining(Case):
             for name, value in straight["discriminator"].items():
                 self.assertSame(value, resumed["discriminator"][name], name)
 
-    def test_run_goes_on_only_with_what_it_began_with(self):
-        self.train("run")
-        self.assertInputError("trained with --lr", self.train, "run", "--lr", "0.5")
-
-    def test_training_changes_encoder_and_decoder(self):
-        self.train("run", "--quantizer", "rvq", "--encoder", "time")
-        trained = Codec.load(self.folder / "run" / "codec.pt")
-        torch.manual_seed(0)
-        fresh = Codec(trained.settings)
-        still = [name for (name, one), other in zip(fresh.named_parameters(), trained.parameters()) if torch.equal(one, other)]
-        self.assertEqual(still, [])
-
     def test_crops_of_several_processes_are_those_of_one(self):
         files = sorted((small_corpus() / "train").rglob("*.flac"))
         settings = CodecSettings(batch=4, crop=0.5)
@@ -439,13 +397,10 @@ class AudioFiles(Case):
             self.assertAlmostEqual(len(wav), samples * 16_000 / rate, delta=1)
             self.assertAlmostEqual(wav.square().mean().sqrt().item(), 0.5 / 2 ** 0.5, delta=0.01)
 
-    def test_channels_are_averaged(self):
-        sf.write(self.folder / "a.wav", np.array([[0.5, -0.5], [0.5, 0.25]]), 16_000, subtype="FLOAT")
-        self.assertClose(read_audio(self.folder / "a.wav"), torch.tensor([0.0, 0.375]))
-
-    def test_one_sample_is_audio(self):
-        sf.write(self.folder / "a.wav", np.array([0.5]), 16_000, subtype="FLOAT")
-        self.assertClose(read_audio(self.folder / "a.wav"), torch.tensor([0.5]))
+    def test_channels_are_averaged_and_one_sample_is_audio(self):
+        for samples, mono in (([[0.5, -0.5], [0.5, 0.25]], [0.0, 0.375]), ([0.5], [0.5])):
+            sf.write(self.folder / "a.wav", np.array(samples), 16_000, subtype="FLOAT")
+            self.assertClose(read_audio(self.folder / "a.wav"), torch.tensor(mono))
 
     def test_bad_audio_is_told_in_one_line(self):
         path = self.folder / "a.wav"
@@ -491,10 +446,6 @@ class Synthetic(Case):
                 said = [phone for word in words[name].split() for phone in codec_stage.LEXICON[word]]
                 self.assertEqual([phone for phone in phones if phone != "SIL"], said)
 
-    def test_an_existing_subset_is_left_alone(self):
-        (self.folder / "train").mkdir()
-        make_synthetic(self.folder, sizes={"train": 3})
-        self.assertEqual(list((self.folder / "train").iterdir()), [])
 
 
 class Downloads(Case):
@@ -617,17 +568,24 @@ class MessyCorpora(Case):
                  json.dumps({"audio_filepath": str(self.corpus / "three.wav"), "text": "ÜBER ALL"}),
                  '{"text": "NO PATH"}', '{"audio_filepath": "four.wav"}', '{"audio_filepath": "four.wav", "text": " "}',
                  '{"audio_filepath": "a/one.wav", "text": "AGAIN"}', '{"audio_filepath": "lost.wav", "text": "LOST"}', "[]", "7",
-                 '{"audio_filepath": "four.wav", "text": null}', '{"audio_filepath": 7, "text": "SEVEN"}']
+                 '{"audio_filepath": "four.wav", "text": null}', '{"audio_filepath": 7, "text": "SEVEN"}', '{"audio_filepath": "", "text": "NOWHERE"}']
         (self.corpus / "train.jsonl").write_text("\ufeff" + "\r\n".join(lines), "utf-8")
         texts, skipped = self.tokenize()
         self.assertEqual(sorted(texts.values()), ["ANOTHER", "BESIDE", "ONE", "ÜBER ALL"])
-        for number in (5, 7, 8, 12, 13, 15):
-            self.assertIn(f"line {number} ", skipped)
-        for name in ("lost.wav", "four.wav", "one.wav"):
-            self.assertIn(name, skipped)
+        for what, times in (("four.wav", 3), ("one.wav", 1), ("lost.wav", 1), *((f"line {number} ", 1) for number in (5, 7, 12, 13))):
+            self.assertEqual(sum(what in line for line in skipped.splitlines()), times, f"{what} in\n{skipped}")
         self.assertEqual(rows(self.out)[0]["lang"], "en")
         for row in rows(self.out):
             self.assertTrue((self.out / row["array"]).resolve().is_relative_to(self.out.resolve()))
+
+    def test_ml_superb_layout(self):
+        self.audio("one/deu/wav/a.wav")
+        for subset, lines in (("train", "a 0.5 GUTEN TAG\nb 0.5 KEIN TON\n../a 0.5 HINAUS\nshort\n"), ("dev", ""), ("test", "")):
+            (self.corpus / "one" / "deu" / f"transcript_{subset}.txt").write_text(lines)
+        found, skipped = read_subset(self.corpus, "train")
+        self.assertEqual([(item.id, item.text, item.lang) for item in found], [("a", "GUTEN TAG", "deu")])
+        for lost in ("b.wav", "'../a 0.5 HINAUS'", "'short'"):
+            self.assertEqual(sum(lost in line for line in skipped), 1)
 
     def test_codec_reads_the_same_messy_manifest(self):
         self.audio("one.wav")
@@ -660,11 +618,11 @@ class Tokens(Case):
 
     def test_finished_work_is_not_done_again(self):
         tokenize(self.folder)
-        arrays = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in self.folder.rglob("*/*.npy")}
+        arrays = {path: (np.load(path), path.stat().st_mtime_ns) for path in self.folder.rglob("*/*.npy")}
         lost, *kept = arrays
         lost.unlink()
         tokenize(self.folder)
-        self.assertEqual(lost.read_bytes(), arrays[lost][0])
+        np.testing.assert_array_equal(np.load(lost), arrays[lost][0])
         for path in kept:
             self.assertEqual(path.stat().st_mtime_ns, arrays[path][1])
 
@@ -673,7 +631,7 @@ class Tokens(Case):
         folders = [tokenize(self.folder / n, *noisy, "--workers", n) for n in "012"]
         for path in folders[0].rglob("*.npy"):
             for other in folders[1:]:
-                self.assertEqual(path.read_bytes(), (other / path.relative_to(folders[0])).read_bytes())
+                np.testing.assert_array_equal(np.load(path), np.load(other / path.relative_to(folders[0])))
 
     def test_copies_are_of_the_train_subset_and_point_to_their_original(self):
         out = tokenize(self.folder, "--features", "mel", "--noise", "pink", "--copies", "2", "--speeds", "0.9", "1.1")
@@ -693,6 +651,8 @@ class Tokens(Case):
         other = str(trained_codec("time", "rvq"))
         self.assertInputError("give another --out", tokenize, self.folder, "--codec", other)
         self.assertInputError("give another --out", tokenize, self.folder, "--features", "mel")
+        tokenize(self.folder / "noisy", "--features", "mel", "--noise", "white")
+        self.assertInputError("give another --out", tokenize, self.folder / "noisy", "--features", "mel", "--noise", "pink")
 
     def test_float_features_lie_in_the_same_layout(self):
         for features, hop, dim in (("mel", 400, 80), ("mel", 160, 80), ("latent", 400, 16)):
@@ -726,12 +686,6 @@ class Noises(Case):
             self.assertSame(self.noise(kind, (0, 20))(wav, "1-1-0"), made)
             self.assertFalse(torch.equal(self.noise(kind, (0, 20))(wav, "1-1-1"), made))
             self.assertFalse(torch.equal(self.noise(kind, (0, 20), seed=1)(wav, "1-1-0"), made))
-
-    def test_pink_noise_has_as_much_power_in_each_octave(self):
-        added = self.noise("pink")(torch.ones(1 << 16), "1-1-0") - 1
-        power = np.abs(np.fft.rfft(added.numpy())) ** 2
-        octaves = [power[1 << n:2 << n].sum() for n in range(8, 15)]
-        self.assertLess(max(octaves) / min(octaves), 1.5)
 
     def test_babble_leaves_out_the_speaker(self):
         files, heard = sorted(small_corpus().rglob("*.flac")), []
@@ -798,20 +752,6 @@ class Recogniser(Case):
             first.start_from(quantizer.codebooks(), frames[..., :2].flatten(0, 1))
             emb = first.embed(frames[..., :2], torch.ones(2, 30, 2))
             self.assertClose(emb.transpose(1, 2), quantizer.decode(tokens[:, :2]))
-
-    def test_constant_dimension_is_not_blown_up(self):
-        model = self.model()
-        tables = torch.randn(3, 20, 8)
-        tables[:, :, 5] = 0.25
-        model.start_from(tables, self.tokens(100, 3))
-        self.assertGreater(model.deviation.min(), 1e-3)
-
-    def test_distant_frames_matter(self):
-        model, tokens = self.model(), self.tokens(1, 200, 3)
-        changed = tokens.clone()
-        changed[0, 0] = (changed[0, 0] + 1) % 20        # further away than four kernels of 15 reach: attention only
-        one, two = (model(t, torch.tensor([200]))[0][0, -1] for t in (tokens, changed))
-        self.assertGreater((one - two).abs().max(), 1e-6)
 
     def test_order_of_frames_matters(self):
         model, tokens = self.model(), self.tokens(1, 30, 3)
@@ -893,8 +833,8 @@ def token_folder(folder: Path, texts=TEXTS, frames_a_letter=3, dev=TEXTS[:2], co
             item |= {"frames": len(array), "duration": len(array) / 40, "audio": "", "array": f"{subset}/{item['id']}.npy"}
             np.save(folder / item["array"], array)
         (folder / f"{subset}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-    meta = {"format": 1, "features": "tokens", "codec": "abc", "codec_path": "", "sample_rate": 16_000, "hop": 400, "codebooks": 2,
-            "codebook_size": 64, "dim": 8, "train": ["train"], "dev": ["dev"], "test": ["test"]}
+    meta = {"format": 1, "features": "tokens", "codec": "abc", "codec_path": "", "sample_rate": 16_000, "hop": 400, "bitrate": 480.0,
+            "codebooks": 2, "codebook_size": 64, "dim": 8, "train": ["train"], "dev": ["dev"], "test": ["test"]}
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 
@@ -930,8 +870,8 @@ class Training(Case):
 
     def test_utterance_too_short_for_ctc_is_dropped_and_named(self):
         token_folder(self.folder / "tokens", ["NINE MEN", "SEES", "SEEN", "A"], frames_a_letter=1)
-        self.assertEqual(self.data().dropped, ["train-1", "train-2"])           # EE needs a blank between: five frames of four
-        self.assertEqual(self.data(subsampling=2).dropped, ["train-0", "train-1", "train-2"])
+        self.assertEqual(self.data().dropped, ["train-1", "train-2"])           # EE needs a blank between: one frame more
+        self.assertInputError("long enough", self.data, subsampling=2)
         self.train(epochs=1)
         self.assertRegex(self.output.getvalue(), "train-1, train-2")
 
@@ -961,6 +901,15 @@ class Training(Case):
         path = torch.tensor([[n, n, 0, e, 0, e, e, n, e]])                      # the last two are padding
         log_probs = torch.nn.functional.one_hot(path, len(text)).float()
         self.assertEqual(text.greedy(log_probs, torch.tensor([7])), ["NEE"])
+
+    def test_shares_of_several_processes_add_up_to_the_whole(self):
+        token_folder(self.folder / "tokens")
+        data, cpu = self.data(), torch.device("cpu")
+        model = CodecASR(len(self.text()), 2, 64, 8, size="tiny", dropout=0.0)
+        optimiser = torch.optim.AdamW(model.parameters())
+        for group in (torch.arange(4), torch.arange(3), torch.tensor([2])):     # even, uneven, and fewer than processes
+            loss = lambda rank, world: train_asr.train_step(model, optimiser, data, group, 0.0, cpu, rank, world)
+            self.assertClose((loss(0, 2) + loss(1, 2)) / 2, loss(0, 1))
 
     def test_every_batch_is_within_its_bound_and_every_utterance_in_one(self):
         token_folder(self.folder / "tokens", [("NINE MEN " * n).strip() for n in range(1, 40)])
@@ -1023,9 +972,110 @@ class Training(Case):
 
 # ---------------------------------------------------------------------------------------------------- evaluate.py
 
-@unittest.skipUnless((HERE / "evaluate.py").exists(), "evaluate.py is not written yet")
+@functools.cache
+def trained_asr() -> Path:
+    """A recogniser after one epoch on the tokens of the small corpus."""
+    tokens, out = tokenize(Path(SCRATCH.name) / "tokens"), Path(SCRATCH.name) / "asr"
+    train_asr.main(["--tokens", str(tokens), "--epochs", "1", "--batch", "10", "--codebooks", "3", "--device", "cpu", "--out", str(out)])
+    return out / "asr.pt"
+
+
 class Evaluation(Case):
-    pass
+    def evaluate(self, *arguments):
+        evaluate.main(["--asr", str(trained_asr()), "--device", "cpu", "--out", str(self.folder / "eval"), *map(str, arguments)])
+        return self.folder / "eval"
+
+    def test_error_rates_are_those_of_jiwer(self):
+        refs, hyps = ["THE CAT SAT", "A DOG", "SO"], ["THE CAT SAT DOWN", "A", "GO"]
+        summary = evaluate.Score(refs, hyps).summary()
+        self.assertAlmostEqual(summary["wer"], jiwer.wer(refs, hyps))
+        self.assertAlmostEqual(summary["cer"], jiwer.cer(refs, hyps))
+        self.assertEqual([summary[kind] for kind in ("substitutions", "deletions", "insertions")], [1, 1, 1])
+        self.assertEqual(evaluate.Score(refs, refs).summary()["wer_interval"], [0, 0])
+
+    def test_interval_holds_the_rate_and_a_run_does_not_differ_from_itself(self):
+        rng = np.random.default_rng(0)
+        counts = np.stack([rng.binomial(20, 0.3, 400), np.full(400, 20)], 1)
+        low, high = evaluate.interval(counts, 0)
+        self.assertLess(low, evaluate.rate(counts))
+        self.assertGreater(high, evaluate.rate(counts))
+        self.assertAlmostEqual(high - low, 2 * 1.96 * math.sqrt(0.3 * 0.7 / 8000), delta=0.004)         # of a binomial
+        self.assertEqual(evaluate.paired(counts, counts, 0), [0, 0])
+        self.assertGreater(evaluate.paired(counts + [1, 0], counts, 0)[0], 0)
+
+    def test_mutual_information_of_equals_is_entropy_and_of_strangers_is_nothing(self):
+        labels = np.arange(8).repeat(100)
+        self.assertAlmostEqual(evaluate.mutual_information(labels, labels), 3)
+        self.assertAlmostEqual(evaluate.mutual_information(labels, np.arange(800) % 4), 0)
+
+    def test_report_holds_every_test_subset_and_noise(self):
+        out = self.evaluate("--test", "test", "dev", "--noise", "white", "--snr", 10, 0)
+        report = json.loads((out / "report.json").read_text())["test"]
+        self.assertEqual(list(report), ["test", "test, white 10 dB", "test, white 0 dB", "dev", "dev, white 10 dB", "dev, white 0 dB"])
+        for name, result in report.items():
+            self.assertEqual(result["utterances"], 2)
+            self.assertLessEqual(result["wer_interval"][0], result["wer"])
+            self.assertIn(f"| {name} |", (out / "report.md").read_text())
+
+    def test_noise_is_added_to_audio_that_is_then_encoded_anew(self):
+        recogniser = evaluate.Recogniser(trained_asr())
+        data = train_asr.TokenSet(recogniser.settings["tokens"], ["test"], 3)
+        same, other = (evaluate.degrade(recogniser, data, "white", snr, evaluate.EvalSettings()) for snr in (300, 0))
+        self.assertSame(same.flat, data.flat)
+        self.assertGreater((other.flat != data.flat).float().mean(), 0.2)
+
+    def test_file_is_transcribed_as_its_tokens_are_recognised(self):
+        recogniser = evaluate.Recogniser(trained_asr())
+        data = train_asr.TokenSet(recogniser.settings["tokens"], ["test"], 3)
+        (self.folder / "bad.wav").write_text("no audio")
+        self.evaluate("--audio", *(row["audio"] for row in data.rows), self.folder / "bad.wav")
+        for row, hyp in zip(data.rows, recogniser(data)[0]):
+            self.assertIn(f"{row['audio']}: {hyp}\n", self.output.getvalue())
+        self.assertRegex(self.output.getvalue(), r"skipped: .*bad\.wav")
+        self.assertInputError("none of the files", self.evaluate, "--audio", self.folder / "bad.wav")
+
+    def test_long_recordings_are_read_frame_by_frame_with_no_seam(self):
+        recogniser, seen = evaluate.Recogniser(trained_asr()), []
+        recogniser.search = lambda log_probs, out_len: [seen.append(log_probs) or ""]
+        for subsampling in (1, 2):
+            recogniser.settings |= {"subsampling": subsampling}
+            width = recogniser.model.project.out_features
+            recogniser.model.subsample = torch.nn.ModuleList(torch.nn.Conv1d(width, width, 3, 2, padding=1) for _ in range(subsampling - 1))
+            for block in recogniser.model.blocks:       # without attention a frame depends on its neighbours alone
+                torch.nn.init.zeros_(block.attention.out.weight)
+            for frames in (1, 7, 799, 1601, 2000):
+                array = np.random.default_rng(0).integers(0, 1000, (frames, 4)).astype(np.int16)
+                recogniser.long(array)
+                with torch.inference_mode():
+                    whole, _ = recogniser.model(torch.from_numpy(array[None, :, :3]), torch.tensor([frames]))
+                self.assertClose(seen[-1], whole, atol=1e-4)
+
+    def test_comparison_is_a_table_of_all_runs(self):
+        out = self.evaluate("--compare", trained_asr().parent, trained_asr().parent)
+        first, second = json.loads((out / "compare.json").read_text())
+        self.assertEqual(second["test"]["test"]["cer_difference"], [0, 0])
+        self.assertEqual(first["test"]["test"]["wer"], second["test"]["test"]["wer"])
+
+    def test_content_is_of_each_codebook(self):
+        out = self.evaluate("--content", "--tokens", trained_asr().parents[1] / "tokens")
+        self.assertEqual([row["codebook"] for row in json.loads((out / "content.json").read_text())], [0, 1, 2, 3])
+
+    def test_codec_and_tokens_of_another_kind_are_told_in_one_line(self):
+        other = tokenize(self.folder / "mel", "--features", "mel")
+        self.assertInputError("was trained on tokens of codec", self.evaluate, "--tokens", other)
+        self.assertInputError("no alignment|not tokens", self.evaluate, "--content", "--tokens", other)
+        audio = next(small_corpus().rglob("*.flac"))
+        self.assertInputError("give its own with --codec", self.evaluate, "--codec", trained_codec("time", "rvq"), "--audio", audio)
+        self.assertInputError("no such subset", self.evaluate, "--test", "nope")
+        self.assertInputError("holds codec", evaluate.Recogniser, trained_codec())
+
+    def test_content_of_other_corpora_is_told_in_one_line(self):
+        token_folder(self.folder / "tokens")
+        self.assertInputError("synthetic", self.evaluate, "--content", "--tokens", self.folder / "tokens")
+
+    @unittest.skipIf(importlib.util.find_spec("flashlight"), "flashlight-text is installed")
+    def test_beam_search_without_flashlight_is_told_in_one_line(self):
+        self.assertInputError("pip install flashlight-text", self.evaluate, "--beam", 5)
 
 
 # ---------------------------------------------------------------------------------------------------- all together
@@ -1033,34 +1083,34 @@ class Evaluation(Case):
 class WholeRuns(Case):
     def test_the_four_codecs_go_through_all_stages(self):
         for kind in FOUR_CODECS:
-            tokens, asr = self.folder / "-".join(kind), self.folder / f"asr-{'-'.join(kind)}"
+            tokens, asr, out = (self.folder / f"{name}-{kind}" for name in ("tokens", "asr", "eval"))
             tokenize(tokens, "--codec", trained_codec(*kind))
             train_asr.main(["--tokens", str(tokens), "--epochs", "1", "--batch", "10", "--device", "cpu", "--out", str(asr)])
-            self.assertTrue((asr / "asr.pt").is_file())
-            self.assertEqual(len((asr / "log.jsonl").read_text().splitlines()), 1)
+            evaluate.main(["--asr", str(asr / "asr.pt"), "--device", "cpu", "--out", str(out)])
+            self.assertEqual(list(json.loads((out / "report.json").read_text())["test"]), ["test"])
 
     def test_scripts_answer_bad_input_in_one_line(self):
-        nowhere = str(self.folder / "nowhere")
-        commands = [["codec.py", "--corpus", nowhere], ["tokenize_corpus.py", "--codec", nowhere, "--corpus", str(small_corpus())],
-                    ["train_asr.py", "--tokens", nowhere]]
-        commands += [["evaluate.py", "--asr", nowhere]] if (HERE / "evaluate.py").exists() else []
-        for command, running in [(command, subprocess.Popen([sys.executable, HERE / command[0], *command[1:]], cwd=self.folder,
-                                                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)) for command in commands]:
-            _, complaint = running.communicate()
-            self.assertEqual(running.returncode, 2, complaint)
-            self.assertRegex(complaint, r"\Aerror: .*nowhere.*\n\Z")
+        commands = (["codec.py", "--corpus"], ["tokenize_corpus.py", "--corpus", small_corpus(), "--codec"],
+                    ["train_asr.py", "--tokens"], ["evaluate.py", "--asr"])
+        running = [subprocess.Popen([sys.executable, HERE / script, *arguments, self.folder / "nowhere"], cwd=self.folder, text=True,
+                                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for script, *arguments in commands]
+        for (script, *_), process in zip(commands, running):
+            _, complaint = process.communicate(timeout=300)
+            self.assertEqual(process.returncode, 2, complaint)
+            self.assertRegex(complaint, r"\Aerror: .*nowhere.*\n\Z", script)
 
 
 SCRIPT = """
 import json, os, sys
 import torch, torch.distributed as dist
 import codec, tokenize_corpus, train_asr
-folder, corpus, tokens = sys.argv[1:]
-rank, losses = os.environ.get("RANK", "0"), []
+out, corpus, trained, tokens = sys.argv[1:]
+rank, losses, start = os.environ.get("RANK", "0"), [], dist.init_process_group
+dist.init_process_group = lambda backend: dist.is_initialized() or start(backend)      # three stages in one process
 log_and_save, train_step = codec.log_and_save, train_asr.train_step
 
 def save_books(recent, step, settings, nets, *rest):
-    torch.save(getattr(nets[0], "module", nets[0]).quantizer.state_dict(), f"{folder}/books{rank}.pt")
+    torch.save(getattr(nets[0], "module", nets[0]).quantizer.state_dict(), f"{out}/books{rank}.pt")
     log_and_save(recent, step, settings, nets, *rest)
 
 def save_loss(*things):
@@ -1068,44 +1118,50 @@ def save_loss(*things):
     return losses[-1]
 
 codec.log_and_save, train_asr.train_step = save_books, save_loss
-codec.main(["--corpus", corpus, "--quantizer", "rvq", "--codebooks", "2", "--steps", "3", "--batch", "4", "--device", "cpu", "--out", f"{folder}/codec"])
-if dist.is_initialized():
-    dist.destroy_process_group()
+codec.main(["--corpus", corpus, "--quantizer", "rvq", "--codebooks", "2", "--steps", "3", "--batch", "4", "--device", "cpu", "--out", f"{out}/codec"])
+tokenize_corpus.main(["--corpus", corpus, "--codec", trained, "--workers", "0", "--device", "cpu", "--out", f"{out}/tokens"])
 train_asr.main(["--tokens", tokens, "--epochs", "2", "--batch", "100", "--dropout", "0", "--time-masks", "0", "--codebook-masks", "0",
-                "--feature-masks", "0", "--device", "cpu", "--out", f"{folder}/asr"])
-json.dump([loss.item() for loss in losses], open(f"{folder}/losses{rank}.json", "w"))
+                "--feature-masks", "0", "--device", "cpu", "--out", f"{out}/asr"])
+json.dump([loss.item() for loss in losses], open(f"{out}/losses{rank}.json", "w"))
 """
 
 
-@unittest.skipUnless(torch.distributed.is_available(), "torch was built without torch.distributed")
+@unittest.skipUnless(torch.distributed.is_available() and torch.distributed.is_gloo_available(), "torch was built without gloo")
 class TwoProcesses(Case):
-    """codec.py and train_asr.py under torchrun, over gloo, next to the same in one process."""
+    """The first three stages under torchrun, over gloo, next to the same in one process."""
 
     @classmethod
     def setUpClass(cls):
-        cls.folder = Path(SCRATCH.name) / "processes"
-        script, tokens = cls.folder / "script.py", token_folder(cls.folder / "tokens")
+        cls.home = Path(SCRATCH.name) / "processes"
+        tokens, script = token_folder(cls.home / "letters"), cls.home / "script.py"
         script.write_text(SCRIPT)
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            inputs = [small_corpus(), trained_codec(), tokens]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        for count, start in ((1, []), (2, ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={port}"])):
-            (cls.folder / str(count)).mkdir()
-            done = subprocess.run([sys.executable, *start, script, cls.folder / str(count), small_corpus(), tokens], text=True, capture_output=True,
-                                  env=os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+            address = ["--master_addr=127.0.0.1", f"--master_port={free.getsockname()[1]}"]
+        for count, launch in ((1, []), (2, ["-m", "torch.distributed.run", "--nproc_per_node=2", *address])):
+            (cls.home / str(count)).mkdir()
+            done = subprocess.run([sys.executable, *launch, script, cls.home / str(count), *inputs], text=True, capture_output=True,
+                                  timeout=300, env=os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
             if done.returncode:
                 raise AssertionError(f"{count} processes: {done.stderr[-3000:]}")
 
-    def test_both_processes_keep_the_same_codebooks(self):
-        one, other = (torch.load(TwoProcesses.folder / "2" / f"books{rank}.pt") for rank in "01")
+    def test_both_keep_the_same_codebooks(self):
+        one, other = (torch.load(self.home / "2" / f"books{rank}.pt") for rank in (0, 1))
         for name, value in one.items():
             self.assertSame(value, other[name], name)
 
-    def test_two_processes_learn_what_one_would(self):
-        one, first, second = (json.loads((TwoProcesses.folder / name).read_text()) for name in ("1/losses0.json", "2/losses0.json", "2/losses1.json"))
-        self.assertEqual(len(one), len(first))
-        both = [(a + b) / 2 for a, b in zip(first, second)]
-        np.testing.assert_allclose(both, one, rtol=1e-4)
+    def test_two_write_the_tokens_that_one_writes(self):
+        for subset in ("train", "dev", "test"):
+            self.assertEqual(rows(self.home / "1" / "tokens", subset), rows(self.home / "2" / "tokens", subset))
+            for row in rows(self.home / "1" / "tokens", subset):
+                np.testing.assert_array_equal(*(np.load(self.home / count / "tokens" / row["array"]) for count in "12"))
+
+    def test_two_learn_what_one_learns(self):
+        one, first, second = (json.loads((self.home / name).read_text()) for name in ("1/losses0.json", "2/losses0.json", "2/losses1.json"))
+        self.assertEqual(len(one), 2)
+        np.testing.assert_allclose(np.mean([first, second], 0), one, rtol=1e-4)
 
 
 def load_tests(loader, _tests, _pattern):

@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from codec import (AUDIO_ENDINGS, SAMPLE_RATE, Codec, InputError, LogMel, corpus_subsets, find_audio, option, parse,
-                   read_audio, run, start_processes, write_atomically)
+                   read_audio, read_manifest, run, start_processes, write_atomically)
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Utterance(NamedTuple):
 def read_subset(folder: Path, subset: str) -> tuple[list[Utterance], list[str]]:
     """A subset in any of the three layouts -> utterances, and a line on each thing that cannot be used."""
     if (folder / f"{subset}.jsonl").is_file():
-        found, skipped = read_manifest(folder / f"{subset}.jsonl")
+        found, skipped = read_rows(folder / f"{subset}.jsonl")
     elif any(folder.glob(f"*/*/transcript_{subset}.txt")):
         found, skipped = read_ml_superb(folder, subset)
     else:
@@ -113,20 +113,14 @@ def read_librispeech(folder: Path, subset: str) -> tuple[list[tuple], list[str]]
     return found, skipped
 
 
-def read_manifest(manifest: Path) -> tuple[list[tuple], list[str]]:
-    """JSON lines: audio_filepath (relative to the manifest), text, and perhaps lang and duration."""
-    found, skipped = [], []
-    for number, line in enumerate(manifest.read_text("utf-8-sig", errors="replace").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            path, text, lang = row["audio_filepath"], row["text"], row.get("lang", "")
-            # The id becomes a file name: whatever the path held, it cannot lead out of --out.
-            name = re.sub(r"[^\w-]+", "-", str(Path(path).with_suffix(""))).strip("-")
-            found.append((name, str(text), str(lang), manifest.parent / path))
-        except (ValueError, KeyError, TypeError) as error:
-            skipped.append(f"{manifest}: line {number} is not a row with audio_filepath and text ({error!r})")
+def read_rows(manifest: Path) -> tuple[list[tuple], list[str]]:
+    """A manifest's rows hold audio_filepath and text, and perhaps lang."""
+    rows, skipped = read_manifest(manifest)
+    found = []
+    for row in rows:
+        # The id becomes a file name: whatever the path held, it cannot lead out of --out.
+        name = re.sub(r"[^\w-]+", "-", str(Path(row["audio_filepath"]).with_suffix(""))).strip("-")
+        found.append((name, str(row.get("text", "")), str(row.get("lang", "")), manifest.parent / row["audio_filepath"]))
     return found, skipped
 
 

@@ -61,7 +61,7 @@ class TrainSettings:
     dropout: float = option(0.1, "dropout of the Conformer")
     epochs: int = option(30, "passes over the training utterances")
     batch: float = option(40.0, "padded seconds of speech a step, over all processes")
-    lr: float = option(2e-3, "peak learning rate of AdamW")
+    lr: float = option(1e-3, "peak learning rate of AdamW")
     seed: int = option(0, "random seed of weights, data order and masks")
     device: str = option("auto", "auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"))
     compile: bool = option(False, "torch.compile: slower to start, faster after")
@@ -182,18 +182,17 @@ class TrainSet(TokenSet):
 
     def __init__(self, settings: TrainSettings, meta: dict, text: Text):
         super().__init__(settings.tokens, meta["train"], settings.codebooks)
-        self.settings, targets, unknown = settings, [], 0
+        self.settings, self.targets, self.unknown = settings, [], 0
         for row in self.rows:
             ids = text.encode(transcript(row, settings.lang_token))
-            unknown += ids.count(0)
-            targets.append(torch.tensor([i for i in ids if i]))
-        self.targets = targets
+            self.unknown += ids.count(0)
+            self.targets.append(torch.tensor([i for i in ids if i]))
         # CTC needs a frame for each unit and a blank between equal neighbours; zero_infinity would only hide the rest.
-        needed = torch.tensor([len(ids) + int((ids[1:] == ids[:-1]).sum()) for ids in targets])
+        needed = torch.tensor([len(ids) + int((ids[1:] == ids[:-1]).sum()) for ids in self.targets])
         out_len = self.lengths
         for _ in range(settings.subsampling.bit_length() - 1):
             out_len = (out_len + 1) // 2
-        fits = (out_len >= needed) & torch.tensor([len(ids) > 0 for ids in targets])
+        fits = (out_len >= needed) & torch.tensor([len(ids) > 0 for ids in self.targets])
         self.dropped = [row["id"] for row, ok in zip(self.rows, fits) if not ok]
         self.variants: dict[str, dict[bool, list[int]]] = {}
         for i, row in enumerate(self.rows):
@@ -208,7 +207,8 @@ class TrainSet(TokenSet):
         for (noisy, which), kinds in zip(draws, self.variants.values()):
             kind = bool(kinds[True]) and (noisy < self.settings.noisy_share * strength or not kinds[False])
             picked.append(kinds[kind][int(which * len(kinds[kind]))])
-        return self.batches(torch.tensor(picked), frames, generator)
+        # The first epoch goes from short to long: CTC finds its first alignments there (Deep Speech 2, section 3.2).
+        return self.batches(torch.tensor(picked), frames, generator if number else None)
 
 
 def transcript(row: dict, lang_token: bool) -> str:
@@ -225,73 +225,86 @@ def build_model(settings: dict, meta: dict, vocab_size: int) -> CodecASR:
 
 def train(settings: TrainSettings) -> None:
     device, rank, world = start_processes(settings.device)
-    meta, out = read_meta(settings.tokens), Path(settings.out)
+    meta, path = read_meta(settings.tokens), Path(settings.out) / "asr.pt"
     if settings.codebooks > meta["codebooks"]:
         raise InputError(f"--codebooks {settings.codebooks}: {settings.tokens} has {meta['codebooks']}")
-    saved = load_checkpoint(out / "asr.pt") if (out / "asr.pt").exists() else None
-    if saved:
-        check_same_run(out / "asr.pt", saved, settings, meta)
+    saved = load_checkpoint(path) if path.exists() else {"epoch": 0, "step": 0, "best": math.inf}
+    if saved["epoch"]:
+        check_same_run(path, saved, settings, meta)
         text = Text(bytes(saved["text"].tolist()))
     else:
         text = Text.train([row for subset in meta["train"] for row in read_rows(settings.tokens, subset)], settings)
     data, dev = TrainSet(settings, meta, text), TokenSet(settings.tokens, meta["dev"], settings.codebooks)
-    frames = round(settings.batch * meta["sample_rate"] / meta["hop"])
-    torch.manual_seed(settings.seed)                    # same weights in all processes
-    model = build_model(asdict(settings), meta, len(text))
-    books = None
+    frames = round(settings.batch * meta["sample_rate"] / meta["hop"])          # padded frames a batch
+    model = start_model(settings, meta, len(text), data).to(device)
+    optimiser = torch.optim.AdamW(model.parameters(), settings.lr, betas=(0.9, 0.98), weight_decay=1e-2)
+    if saved["epoch"]:
+        model.load_state_dict(saved["last"])
+        optimiser.load_state_dict(saved["optimiser"])
+    if rank == 0:
+        announce(settings, model, text, data, device, saved["epoch"])
+    net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    net = torch.compile(net, dynamic=True) if settings.compile else net
+
+    step, best, best_model = saved["step"], saved["best"], saved.get("model")
+    for epoch in range(saved["epoch"], settings.epochs):
+        began, strength = time.time(), ramp(step, settings)
+        groups = data.epoch(epoch, frames, strength)
+        losses, bar = [], tqdm(groups, desc=f"epoch {epoch + 1}/{settings.epochs}", leave=False, disable=rank > 0)
+        for number, group in enumerate(bar):
+            lr = settings.lr * rate((epoch + number / len(groups)) / settings.epochs)
+            model.augment.strength = ramp(step, settings)
+            torch.manual_seed((settings.seed * 1_000_000 + step) * world + rank)        # a resumed run draws the same
+            losses.append(train_step(net, optimiser, data, group, lr, device, rank, world))
+            step += 1
+            if step % 20 == 0:                          # seldom: reading a loss makes a GPU wait
+                bar.set_postfix_str(f"loss {finite(losses[-1], step, data, group):.2f}")
+        loss, minutes = finite(torch.stack(losses).mean(), step, data, group), (time.time() - began) / 60
+        if rank:
+            continue
+        wer, cer = judge(model, dev, text, frames, device, settings.lang_token)
+        if cer <= best:
+            best, best_model = cer, cpu_state(model)
+        speed = sum(data.rows[i]["duration"] for group in groups for i in group.tolist()) / minutes / 60
+        print(f"epoch {epoch + 1}/{settings.epochs} | step {step} | loss {loss:.3f} | dev CER {100 * cer:.1f} % | "
+              f"dev WER {100 * wer:.1f} % | {speed:.0f} s of speech a second", flush=True)
+        save_checkpoint(path, {
+            "kind": "asr", "settings": asdict(settings), "meta": meta, "epoch": epoch + 1, "step": step, "best": best,
+            "text": torch.tensor(list(text.model), dtype=torch.uint8), "model": best_model, "last": cpu_state(model),
+            "optimiser": optimiser.state_dict()})
+        with open(path.with_name("log.jsonl"), "a") as log:
+            log.write(json.dumps({"epoch": epoch + 1, "step": step, "loss": loss, "dev_cer": cer, "dev_wer": wer, "lr": lr,
+                                  "seconds_a_second": speed, "minutes": minutes}) + "\n")
+    if rank == 0:
+        print(f"wrote {path} (best dev CER {100 * best:.1f} %); next: python evaluate.py --asr {path}")
+
+
+def start_model(settings: TrainSettings, meta: dict, vocab_size: int, data: TrainSet) -> CodecASR:
+    """A new model, the same in all processes, with its embedding started from the codec's codebooks."""
+    torch.manual_seed(settings.seed)
+    model, books = build_model(asdict(settings), meta, vocab_size), None
     if meta["codebooks"] and settings.embedding == "codebook":
         books = torch.from_numpy(np.load(Path(settings.tokens) / "codebooks.npy", allow_pickle=False))
     model.start_from(books, data.flat[torch.randint(len(data.flat), (20_000,))])
     model.augment = Augment(settings.time_masks, settings.codebook_masks, settings.feature_masks, settings.replace,
                             settings.noisy_embedding)
-    model.to(device)
-    optimiser = torch.optim.AdamW(model.parameters(), settings.lr, betas=(0.9, 0.98), weight_decay=1e-2)
-    start, step, best = 0, 0, math.inf
-    if saved:
-        start, step, best = saved["epoch"], saved["step"], saved["best"]
-        model.load_state_dict(saved["last"])
-        optimiser.load_state_dict(saved["optimiser"])
-    if rank == 0:
-        print(f"recogniser: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(text)} {settings.units} units; "
-              f"{len(data.variants)} utterances, {len(data.rows)} with copies; on {device}")
-        if data.dropped:
-            print(f"dropped {len(data.dropped)} utterances too short for their transcripts at this frame rate: {', '.join(data.dropped[:5])} ...")
-        if start:
-            print(f"continuing after epoch {start} of {settings.epochs} ({out / 'asr.pt'})")
-    net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    net = torch.compile(net, dynamic=True) if settings.compile else net
-    for epoch in range(start, settings.epochs):
-        began, strength = time.time(), min(1.0, step / settings.curriculum) if settings.curriculum else 1.0
-        groups = data.epoch(epoch, frames, strength)
-        losses, bar = [], tqdm(groups, desc=f"epoch {epoch + 1}/{settings.epochs}", leave=False, disable=rank > 0)
-        for number, group in enumerate(bar):
-            progress = (epoch + number / len(groups)) / settings.epochs
-            model.augment.strength = min(1.0, step / settings.curriculum) if settings.curriculum else 1.0
-            torch.manual_seed((settings.seed * 1_000_000 + step) * world + rank)        # a resumed run draws the same
-            losses.append(train_step(net, optimiser, data, group, settings.lr * rate(progress), device, rank, world))
-            step += 1
-            if step % 20 == 0 and rank == 0:
-                bar.set_postfix_str(f"loss {finite(losses[-1], step, data, group):.2f}")
-        seconds = sum(data.rows[i]["duration"] for group in groups for i in group.tolist())
-        loss = finite(torch.stack(losses).mean(), step, data, group)
-        speed = seconds / (time.time() - began)
-        if rank == 0:
-            wer, cer = judge(model, dev, text, frames, device, settings.lang_token)
-            model_best = cpu_state(model) if cer <= best else saved["model"]
-            best = min(cer, best)
-            row = {"epoch": epoch + 1, "step": step, "loss": loss, "dev_cer": cer, "dev_wer": wer, "lr": settings.lr * rate(progress),
-                   "seconds_a_second": speed, "minutes": (time.time() - began) / 60}
-            print(f"epoch {epoch + 1}/{settings.epochs} | step {step} | loss {loss:.3f} | dev CER {100 * cer:.1f} % | "
-                  f"dev WER {100 * wer:.1f} % | {speed:.0f} s of speech a second", flush=True)
-            saved = {"kind": "asr", "settings": asdict(settings), "meta": meta, "epoch": epoch + 1, "step": step, "best": best,
-                     "text": torch.tensor(list(text.model), dtype=torch.uint8), "model": model_best, "last": cpu_state(model),
-                     "optimiser": optimiser.state_dict()}
-            out.mkdir(parents=True, exist_ok=True)
-            save_checkpoint(out / "asr.pt", saved)
-            with open(out / "log.jsonl", "a") as log:
-                log.write(json.dumps(row) + "\n")
-    if rank == 0:
-        print(f"wrote {out / 'asr.pt'} (best dev CER {100 * best:.1f} %); next: python evaluate.py --asr {out / 'asr.pt'}")
+    return model
+
+
+def announce(settings: TrainSettings, model: CodecASR, text: Text, data: TrainSet, device: torch.device, done: int) -> None:
+    print(f"recogniser: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(text)} {settings.units} units; "
+          f"{len(data.variants)} utterances, {len(data.rows)} with copies; on {device}")
+    if data.dropped:
+        print(f"dropped {len(data.dropped)} utterances too short for their transcripts at this frame rate: {', '.join(data.dropped[:5])}")
+    if data.unknown:
+        print(f"{data.unknown} characters of the transcripts are not among the text units, and were dropped")
+    if done:
+        print(f"continuing after epoch {done} of {settings.epochs}")
+
+
+def ramp(step: int, settings: TrainSettings) -> float:
+    """The curriculum: 0 at the first step, 1 from --curriculum on."""
+    return min(1.0, step / settings.curriculum) if settings.curriculum else 1.0
 
 
 def rate(progress: float) -> float:
@@ -352,6 +365,7 @@ def read_rows(folder: str | Path, subset: str) -> list[dict]:
 
 def save_checkpoint(path: Path, content: dict) -> None:
     """A reader finds the old file or the new one, never a half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     buffer, temporary = io.BytesIO(), path.with_name(f".{path.name}.{os.getpid()}")
     torch.save({"format": FORMAT, **content}, buffer)
     try:
@@ -388,6 +402,8 @@ def check_same_run(path: Path, saved: dict, settings: TrainSettings, meta: dict)
 
 def pick_device(name: str) -> str:
     if name != "auto":
+        if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not torch.backends.mps.is_available()):
+            raise InputError(f"--device {name}: this machine, or this build of torch, has none; try --device cpu")
         return name
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
