@@ -95,6 +95,485 @@ class CodecSettings:
                 raise InputError(f"--{name} {getattr(self, name)}: must be above 0")
 
 
+# ---------------------------------------------------------------------------------------------------- the models
+
+def conv(channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> nn.Module:
+    """Convolution padded so that T steps in give T / stride steps out."""
+    both, right = divmod(kernel - stride, 2)
+    layer = nn.Conv1d(channels_in, channels_out, kernel, stride, padding=both)
+    return nn.Sequential(nn.ConstantPad1d((0, 1), 0.0), layer) if right else layer
+
+
+class Residual(nn.Module):
+    """y + conv(act(conv(act(y)))), (B, C, T) -> (B, C, T)."""
+
+    def __init__(self, channels: int, inner: int):
+        super().__init__()
+        self.body = nn.Sequential(nn.ELU(), conv(channels, inner, 3), nn.ELU(), conv(inner, channels, 1))
+
+    def forward(self, y: Tensor) -> Tensor:
+        return y + self.body(y)
+
+
+class LogMel(nn.Module):
+    """wav (B, S) -> log-mel (B, M, S / hop): natural log of mel energies. S must be a multiple of hop."""
+
+    def __init__(self, n_fft: int, hop: int, n_mels: int):
+        super().__init__()
+        self.n_fft, self.hop = n_fft, hop
+        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
+        self.register_buffer("bands", torchaudio.functional.melscale_fbanks(
+            n_fft // 2 + 1, 0.0, SAMPLE_RATE / 2, n_mels, SAMPLE_RATE).T.contiguous(), persistent=False)
+
+    def forward(self, wav: Tensor) -> Tensor:
+        left = (self.n_fft - self.hop) // 2     # each frame's window is centred on the samples that it stands for
+        wav = F.pad(wav, (left, self.n_fft - self.hop - left))
+        spectrum = torch.stft(wav, self.n_fft, self.hop, window=self.window, center=False, return_complex=True)
+        return (self.bands @ torch.view_as_real(spectrum).square().sum(-1)).clamp(min=1e-5).log()
+
+
+class MelEncoder(nn.Sequential):
+    """wav (B, S) -> latent (B, D, T). Two log-mel frames make one token frame.
+
+    The BatchNorm keeps every dimension of the latent spread over the quantizer's range, so that codes are in use from
+    the first step; in evaluation it is a fixed scale."""
+
+    def __init__(self, dim: int, strides: tuple, mel_channels: int, blocks: int, **_):
+        hop = math.prod(strides) // 2
+        super().__init__(LogMel(512, hop, 80), Normalise(), conv(80, mel_channels, 4, stride=2),
+                         *(Residual(mel_channels, mel_channels) for _ in range(blocks)),
+                         nn.ELU(), conv(mel_channels, dim, 1), nn.BatchNorm1d(dim, affine=False))
+
+
+class Normalise(nn.Module):
+    """Log-mel of speech to about mean 0, deviation 1; fixed numbers, so that it cannot depend on the batch."""
+
+    def forward(self, mel: Tensor) -> Tensor:
+        return (mel + 4.4) / 4.0
+
+
+class TimeEncoder(nn.Sequential):
+    """wav (B, S) -> latent (B, D, T): SEANet (EnCodec, arXiv 2210.13438) without its LSTM.
+
+    Each stride shortens the time axis and doubles the channels; a residual unit refines the result. SEANet's first
+    convolution and residual unit work at the full sample rate, where they cost most: left out."""
+
+    def __init__(self, dim: int, strides: tuple, time_channels: int, **_):
+        layers, channels = [Waveform(), conv(1, 2 * time_channels, 8, strides[0])], 2 * time_channels
+        for stride in strides[1:]:
+            layers += [Residual(channels, channels // 2), nn.ELU(), conv(channels, 2 * channels, 2 * stride, stride)]
+            channels *= 2
+        super().__init__(*layers, Residual(channels, channels // 2), nn.ELU(), conv(channels, dim, 3),
+                         nn.BatchNorm1d(dim, affine=False))
+
+
+class Waveform(nn.Module):
+    def forward(self, wav: Tensor) -> Tensor:
+        return 4 * wav[:, None]                 # (B, 1, S), about deviation 0.3: speech recordings are quiet
+
+
+class ConvNeXt(nn.Module):
+    """Depthwise convolution over time, then a two-layer network a frame (Vocos, section 3.2). (B, C, T) -> same."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.depthwise = nn.Conv1d(channels, channels, 7, padding=3, groups=channels)
+        self.frame = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, 3 * channels), nn.GELU(),
+                                   nn.Linear(3 * channels, channels))
+        self.scale = nn.Parameter(torch.full((channels,), 0.3))
+
+    def forward(self, y: Tensor) -> Tensor:
+        return y + (self.frame(self.depthwise(y).transpose(1, 2)) * self.scale).transpose(1, 2)
+
+
+class Decoder(nn.Module):
+    """latent (B, D, T) -> wav (B, T * hop), by predicting the complex spectrum and inverting it.
+
+    The first blocks work at the token rate, where they are cheap and see far; the last ones at a hop of about 100
+    samples, fine enough for pitch pulses."""
+
+    def __init__(self, dim: int, hop: int, decoder_channels: int, blocks: int, **_):
+        super().__init__()
+        self.up = min((n for n in range(1, hop + 1) if hop % n == 0), key=lambda n: abs(hop / n - 100))
+        self.hop = hop // self.up               # samples a spectrum frame
+        self.n_fft = 4 * self.hop
+        wide, slim = decoder_channels, decoder_channels * 3 // 4
+        self.slow = nn.Sequential(conv(dim, wide, 7), *(ConvNeXt(wide) for _ in range(blocks)))
+        self.widen = conv(wide, slim * self.up, 3)
+        self.fast = nn.Sequential(*(ConvNeXt(slim) for _ in range(blocks)))
+        self.head = nn.Sequential(nn.LayerNorm(slim), nn.Linear(slim, 2 * (self.n_fft // 2 + 1)))
+        self.register_buffer("window", torch.hann_window(self.n_fft), persistent=False)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        batch, _, time = latent.shape
+        y = self.widen(self.slow(latent))                                       # (B, slim * up, T)
+        y = y.unflatten(1, (-1, self.up)).transpose(2, 3).flatten(2)            # (B, slim, T * up)
+        log_magnitude, phase = self.head(self.fast(y).transpose(1, 2)).float().chunk(2, dim=-1)
+        spectrum = torch.polar(log_magnitude.clamp(max=5).exp(), phase)         # (B, T * up, n_fft / 2 + 1)
+        frames = torch.fft.irfft(spectrum, self.n_fft) * self.window            # (B, T * up, n_fft)
+        # Overlap-add, divided by what the squared windows sum to.
+        length = (time * self.up - 1) * self.hop + self.n_fft
+        add = dict(output_size=(1, length), kernel_size=(1, self.n_fft), stride=(1, self.hop))
+        wav = F.fold(frames.transpose(1, 2), **add).view(batch, length)
+        weight = F.fold(self.window.square().expand(1, time * self.up, -1).transpose(1, 2), **add).view(1, length)
+        left = (self.n_fft - self.hop) // 2
+        return (wav / weight.clamp(min=1e-3))[:, left:left + time * self.up * self.hop]
+
+
+class Codec(nn.Module):
+    """Encoder, quantizer and decoder.
+
+        codec = Codec.load("runs/codec/codec.pt")
+        tokens, token_len = codec.encode(wav, wav_len)      # (B, S) -> (B, Q, T), (B,), T = ceil(wav_len / hop)
+        wav = codec.decode(tokens)                          # (B, Q, T) -> (B, T * hop)
+    """
+    # Encoding works through windows of one shape, whatever the batch: an utterance's tokens are then the same bits
+    # alone and in any batch (a convolution rounds differently for another shape), memory is bounded however long the
+    # recording, and the working set stays in the processor's cache.
+    window, context = 112, 8                    # token frames kept of each window; frames seen on each side of them
+
+    def __init__(self, settings: CodecSettings):
+        super().__init__()
+        self.settings, sizes = settings, SIZES[settings.size]
+        self.quantizer = (ResidualVQ(128, settings.codebooks) if settings.quantizer == "rvq"
+                          else GroupFSQ(settings.codebooks))
+        encoder = {"mel": MelEncoder, "time": TimeEncoder}[settings.encoder]
+        self.encoder = encoder(self.quantizer.dim, settings.strides, **sizes)
+        self.decoder = Decoder(self.quantizer.dim, settings.hop, **sizes)
+        self.hop, self.sample_rate = settings.hop, SAMPLE_RATE
+
+    @property
+    def frame_rate(self) -> float:
+        """Token frames a second."""
+        return self.sample_rate / self.hop
+
+    @property
+    def bitrate(self) -> float:
+        """Bits a second."""
+        return self.frame_rate * self.quantizer.num_codebooks * math.log2(self.quantizer.codebook_size)
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hex digits that tell this encoder and these codebooks from all others."""
+        digest = hashlib.sha256(repr((self.settings.encoder, self.settings.strides)).encode())
+        for name, value in sorted({**self.encoder.state_dict(), "codebooks": self.quantizer.codebooks()}.items()):
+            digest.update(name.encode() + value.cpu().numpy().tobytes())
+        return digest.hexdigest()[:12]
+
+    def forward(self, wav: Tensor) -> tuple[Tensor, Quantized]:
+        """For training: wav (B, S), S a multiple of hop -> reconstruction (B, S) and what the quantizer says."""
+        quantized = self.quantizer(self.encoder(wav))
+        return self.decoder(quantized.latent), quantized
+
+    def encode(self, wav: Tensor, wav_len: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """wav (B, S) -> tokens (B, Q, T) int64, token_len (B,); steps after token_len are 0."""
+        return self.by_windows(wav, wav_len, lambda part: self.quantizer.encode(self.encoder(part)))
+
+    def latent(self, wav: Tensor, wav_len: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What the quantizer sees: wav (B, S) -> latent (B, D, T), token_len (B,)."""
+        return self.by_windows(wav, wav_len, self.encoder)
+
+    @torch.inference_mode()
+    def by_windows(self, wav: Tensor, wav_len: Tensor | None, encode) -> tuple[Tensor, Tensor]:
+        batch, samples = wav.shape
+        wav_len = torch.full((batch,), samples, device=wav.device) if wav_len is None else wav_len.to(wav.device)
+        token_len = -(-wav_len // self.hop)
+        wav = wav * (torch.arange(samples, device=wav.device) < wav_len[:, None])
+        step, margin = self.window * self.hop, self.context * self.hop
+        count = max(1, -(-samples // step))
+        wav = F.pad(wav, (margin, count * step - samples + margin))
+        parts = wav.unfold(1, step + 2 * margin, step)                          # (B, count, samples a window)
+        needed = (torch.arange(count, device=wav.device) * self.window < token_len[:, None]).nonzero()
+        kept = [encode(parts[which[:, 0], which[:, 1]])[..., self.context:-self.context]
+                for which in needed.split(1 if wav.device.type == "cpu" else 64)]
+        kept = torch.cat(kept) if kept else encode(parts[:1, 0])[:0, :, self.context:-self.context]
+        out = kept.new_zeros(batch, count, *kept.shape[1:])                     # (B, count, Q or D, window)
+        out[needed[:, 0], needed[:, 1]] = kept
+        out = out.transpose(1, 2).flatten(2)[..., :int(token_len.max())]
+        return out * (torch.arange(out.shape[-1], device=out.device) < token_len[:, None, None]), token_len
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """tokens (B, n, T), n <= Q -> wav (B, T * hop)."""
+        return self.decoder(self.quantizer.decode(tokens))
+
+    @classmethod
+    def load(cls, path: str | Path, device: str = "cpu") -> "Codec":
+        """Raises InputError when the file is missing, damaged, or no codec."""
+        saved = load_checkpoint(path, "codec", device)
+        settings = CodecSettings(**saved["settings"])
+        codec = cls(settings)
+        codec.load_state_dict(saved["model"])
+        return codec.to(device).eval()
+
+
+# ---------------------------------------------------------------------------------------------------- losses
+
+class MelDistance(nn.Module):
+    """Distance of log-mel spectrograms at seven resolutions, from sharp in time to sharp in frequency."""
+
+    def __init__(self):
+        super().__init__()
+        self.mels = nn.ModuleList(LogMel(n_fft, n_fft // 4, n_mels) for n_fft, n_mels in
+                                  zip((32, 64, 128, 256, 512, 1024, 2048), (5, 10, 20, 40, 80, 120, 160)))
+
+    def forward(self, wav: Tensor, other: Tensor) -> Tensor:
+        """(B, S), (B, S) -> (): mean of L1 + L2."""
+        total = 0.0
+        for mel in self.mels:
+            length = wav.shape[1] // mel.hop * mel.hop
+            difference = (mel(wav[:, :length]) - mel(other[:, :length])) / 2     # of amplitudes: half that of energies
+            total = total + difference.abs().mean() + difference.square().mean()
+        return total / len(self.mels)
+
+
+class Discriminator(nn.Module):
+    """Judges complex spectrograms at three resolutions (EnCodec, section 3.4): real speech or reconstructed?"""
+
+    def __init__(self, channels: int = 32):
+        super().__init__()
+        self.sizes = (2048, 1024, 512)
+        self.nets = nn.ModuleList(nn.ModuleList([
+            nn.Conv2d(2, channels, (3, 9), padding=(1, 4)),
+            *(nn.Conv2d(channels, channels, (3, 9), (1, 2), (dilation, 4), (dilation, 1)) for dilation in (1, 2, 4)),
+            nn.Conv2d(channels, 1, 3, padding=1)]) for _ in self.sizes)
+
+    def forward(self, wav: Tensor) -> list[list[Tensor]]:
+        """wav (B, S) -> for each resolution the outputs of all layers; the last is the score."""
+        outputs = []
+        for n_fft, layers in zip(self.sizes, self.nets):
+            spectrum = torch.stft(wav, n_fft, n_fft // 4, window=torch.hann_window(n_fft, device=wav.device),
+                                  normalized=True, return_complex=True)
+            y, features = torch.view_as_real(spectrum).permute(0, 3, 2, 1), []  # (B, 2, frames, bins)
+            for layer in layers:
+                y = layer(y)
+                features.append(y)
+                y = F.leaky_relu(y, 0.2)
+            outputs.append(features)
+        return outputs
+
+
+WEIGHTS = {"mel": 1.0, "wave": 0.1, "commit": 1.0, "adversarial": 1.0, "features": 2.0}
+
+
+def generator_losses(discriminator: nn.Module, wav: Tensor, made: Tensor) -> dict[str, Tensor]:
+    """Squared GAN loss and feature matching, mean over resolutions and layers."""
+    with torch.no_grad():
+        real = discriminator(wav)
+    fake = discriminator(made)
+    matching = [(f - r).abs().mean() / r.abs().mean() for fs, rs in zip(fake, real) for f, r in zip(fs[:-1], rs[:-1])]
+    return {"adversarial": sum((fs[-1] - 1).square().mean() for fs in fake) / len(fake),
+            "features": sum(matching) / len(matching)}
+
+
+def discriminator_loss(discriminator: nn.Module, wav: Tensor, made: Tensor) -> Tensor:
+    scores = [outputs[-1].chunk(2) for outputs in discriminator(torch.cat([wav, made.detach()]))]
+    return sum((real - 1).square().mean() + fake.square().mean() for real, fake in scores) / len(scores)
+
+
+def si_sdr(made: Tensor, wav: Tensor) -> Tensor:
+    """Scale-invariant signal-to-distortion ratio in dB (arXiv 1811.02508). (B, S), (B, S) -> (B,)."""
+    made, wav = made - made.mean(1, keepdim=True), wav - wav.mean(1, keepdim=True)
+    target = wav * ((made * wav).sum(1) / wav.square().sum(1).clamp(min=1e-8))[:, None]
+    return 10 * torch.log10(target.square().sum(1).clamp(min=1e-8) / (made - target).square().sum(1).clamp(min=1e-8))
+
+
+# ---------------------------------------------------------------------------------------------------- training
+
+class Crops:
+    """Random crops of audio files. Batch number n depends on seed and n alone: a resumed run goes on with the same data."""
+
+    def __init__(self, files: list[Path], settings: CodecSettings):
+        self.files, self.seed, self.batch = files, settings.seed, settings.batch
+        self.length = max(1, round(settings.crop * SAMPLE_RATE / settings.hop)) * settings.hop
+        self.cache, self.room = {}, 2 << 30             # decoded audio as int16, up to 2 GiB
+        self.unreadable: dict[Path, str] = {}
+        self.odd = Counter()                            # what is strange about how many files
+
+    def read(self, path: Path) -> np.ndarray | None:
+        if path not in self.cache and path not in self.unreadable:
+            try:
+                wav = (read_audio(path) * 32767).clamp(-32768, 32767).short().numpy()
+            except InputError as error:
+                self.unreadable[path] = str(error)
+                return None
+            self.odd.update(name for name, found in (
+                ("silent", np.abs(wav).max() < 30), ("clipped", np.mean(np.abs(wav) > 32700) > 0.01),
+                ("shifted off zero", abs(wav.mean()) > 1000)) if found)
+            if self.room < wav.nbytes:
+                return wav
+            self.cache[path], self.room = wav, self.room - wav.nbytes
+        return self.cache.get(path)
+
+    @lru_cache(2)
+    def order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.files))
+
+    def crop(self, number: int) -> np.ndarray:
+        """Crop `number` of the run: every file once before any comes again, in a new order each time."""
+        epoch, place = divmod(number, len(self.files))
+        rng = np.random.default_rng((self.seed, 1, number))
+        for attempt in range(1000):                     # an unreadable file is named at the end, its place taken by the next
+            wav = self.read(self.files[self.order(epoch)[(place + attempt) % len(self.files)]])
+            if wav is not None:
+                wav = np.pad(wav, (0, max(0, self.length - len(wav))))
+                start = rng.integers(len(wav) - self.length + 1)
+                return wav[start:start + self.length].astype(np.float32) / 32768
+        raise InputError(f"no readable audio among {len(self.files)} files; the first: {next(iter(self.unreadable.values()))}")
+
+    def __call__(self, step: int, rank: int, world: int) -> Tensor:
+        """This process's share of a step's crops: (batch / world, crop)."""
+        numbers = range(step * self.batch + rank, (step + 1) * self.batch, world)
+        return torch.from_numpy(np.stack([self.crop(number) for number in numbers]))
+
+
+def train(settings: CodecSettings) -> None:
+    device, rank, world = start_processes(settings.device)
+    torch.manual_seed(settings.seed)                    # same weights in all processes
+    folder, train_subsets, dev_subsets, _ = corpus_subsets(settings.corpus, settings.train, settings.dev)
+    files = [path for subset in train_subsets for path in find_audio(folder, subset)]
+    if not files:
+        raise InputError(f"{folder}: no audio in {', '.join(train_subsets)}")
+    if not settings.dev:                                # a plain folder of audio need not have a dev subset
+        dev_subsets = [name for name in dev_subsets if (folder / name).is_dir() or (folder / f"{name}.jsonl").is_file()]
+    dev_files = [path for subset in dev_subsets for path in find_audio(folder, subset)][:100]
+    codec, out = Codec(settings).to(device), Path(settings.out)
+    nets, mel_distance, crops = [codec], MelDistance().to(device), Crops(files, settings)
+    if settings.adversarial:
+        nets.append(Discriminator().to(device))
+    optimisers = [torch.optim.AdamW(net.parameters(), settings.lr, betas=(0.8, 0.99)) for net in nets]
+    start = resume(out / "codec.pt", settings, nets, optimisers)
+    if rank == 0:
+        print(f"codec: {settings.encoder} encoder, {settings.quantizer}, {codec.frame_rate:g} Hz, {codec.bitrate / 1000:.1f} kbit/s, "
+              f"{sum(p.numel() for p in codec.parameters()) / 1e6:.1f} M parameters; {len(files)} files on {device}")
+        if start:
+            print(f"continuing at step {start} of {settings.steps} ({out / 'codec.pt'})")
+    if world > 1:                                       # codebooks agree by themselves: no broadcast of buffers
+        nets = [nn.parallel.DistributedDataParallel(net, broadcast_buffers=False) for net in nets]
+    recent, bar = [], tqdm(range(start, settings.steps), initial=start, total=settings.steps, disable=rank > 0, desc="codec")
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(crops, start, rank, world)
+        for step in bar:
+            wav, ahead = ahead.result().to(device), reader.submit(crops, step + 1, rank, world)
+            torch.manual_seed((settings.seed * 1_000_000 + step) * world + rank)    # a resumed run draws the same
+            recent.append(train_step(nets, optimisers, mel_distance, wav, step, settings))
+            if (step + 1) % CHECK_EVERY == 0 or step + 1 == settings.steps:
+                log_and_save(recent, step + 1, settings, nets, optimisers, bar, rank)
+                recent.clear()
+    if rank == 0:
+        report(codec, dev_files, out)
+        for why in crops.unreadable.values():
+            print(f"skipped: {why}")
+        for name, count in crops.odd.items():
+            print(f"odd: {count} of {len(files)} files are {name}")
+        print(f"wrote {out / 'codec.pt'}; next: python tokenize_corpus.py --codec {out / 'codec.pt'}")
+
+
+CHECK_EVERY = 100       # steps between log lines; each is also a checkpoint
+
+
+def train_step(nets, optimisers, mel_distance, wav, step: int, settings) -> tuple[dict[str, Tensor], Tensor]:
+    """One step on wav (B, S) -> the losses and the tokens (B, Q, T), left on the device."""
+    warm = min(1.0, (step + 1) / 100)                   # then a half cosine to a twentieth of the peak
+    lr = settings.lr * warm * (0.525 + 0.475 * math.cos(math.pi * step / settings.steps))
+    for optimiser in optimisers:
+        optimiser.param_groups[0]["lr"] = lr
+    made, quantized = nets[0](wav)
+    losses = {"mel": mel_distance(wav, made), "wave": (wav - made).abs().mean(), "commit": quantized.loss}
+    if settings.adversarial:
+        if step % 3 < 2:                                # the discriminator learns in two steps of three
+            step_down(discriminator_loss(nets[1], wav, made), nets[1], optimisers[1])
+        losses.update(generator_losses(nets[1], wav, made))
+    step_down(sum(WEIGHTS[name] * value for name, value in losses.items()), nets[0], optimisers[0])
+    return {name: value.detach() for name, value in losses.items()}, quantized.tokens
+
+
+def step_down(loss: Tensor, net: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+    optimiser.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(net.parameters(), 1.0)     # a click in one file must not throw the run off
+    optimiser.step()
+
+
+def average(value: Tensor) -> float:
+    """Mean over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return value.item()
+
+
+def log_and_save(recent, step: int, settings, nets, optimisers, bar, rank: int) -> None:
+    losses = {name: average(torch.stack([row[name] for row, _ in recent]).mean()) for name in recent[0][0]}
+    bad = [name for name, value in losses.items() if not math.isfinite(value)]
+    if bad:
+        raise InputError(f"the loss ({', '.join(bad)}) became infinite between steps {step - len(recent)} and {step}; "
+                         f"the last good checkpoint is kept: try a lower --lr or look for odd audio")
+    if rank:
+        return
+    codec = getattr(nets[0], "module", nets[0])
+    tokens = torch.cat([tokens for _, tokens in recent[-50:]])
+    size = codec.quantizer.codebook_size
+    usage, perplexity = usage_and_perplexity(tokens, torch.ones_like(tokens[:, 0]).float(), size)
+    bar.write(f"step {step} | " + " | ".join(f"{name} {value:.3f}" for name, value in losses.items())
+              + f" | codes in use {100 * usage.mean():.0f} % | perplexity {perplexity.mean():.0f} of {size}"
+              + f" | {bar.format_dict['rate'] or 0:.1f} steps/s")
+    out = Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "log.jsonl", "a") as log:
+        log.write(json.dumps({"step": step, **losses, "usage": usage.tolist(), "perplexity": perplexity.tolist()}) + "\n")
+    save_checkpoint(out / "codec.pt", {"kind": "codec", "settings": asdict(settings), "step": step, "model": codec.state_dict(),
+                                       "discriminator": nets[1].state_dict() if len(nets) > 1 else {},
+                                       "optimisers": [optimiser.state_dict() for optimiser in optimisers]})
+
+
+@torch.inference_mode()
+def report(codec: Codec, files: list[Path], out: Path) -> None:
+    """How well the codec does on whole dev utterances; printed and written to report.json."""
+    codec.eval()
+    device = next(codec.parameters()).device
+    mel_distance, rows, tokens = MelDistance().to(device), [], []
+    for path in files:
+        try:
+            wav = read_audio(path)[None, :30 * SAMPLE_RATE].to(device)
+        except InputError as error:
+            print(f"skipped: {error}")
+            continue
+        tokens.append(codec.encode(wav)[0])
+        made = codec.decode(tokens[-1])[:, :wav.shape[1]]
+        rows.append((mel_distance(wav, made).item(), si_sdr(made, wav).item()))
+    if not rows:
+        return print("no dev audio: no report")
+    tokens = torch.cat(tokens, 2)                       # (1, Q, all frames)
+    size = codec.quantizer.codebook_size
+    usage, perplexity = usage_and_perplexity(tokens, torch.ones_like(tokens[:, 0]).float(), size)
+    mel, sdr = np.mean(rows, 0)
+    print(f"dev ({len(rows)} files): mel distance {mel:.3f} | SI-SDR {sdr:.1f} dB | {codec.bitrate / 1000:.2f} kbit/s")
+    for level in range(codec.quantizer.num_codebooks):
+        print(f"  codebook {level}: {100 * usage[level]:.0f} % of {size} codes in use, perplexity {perplexity[level]:.0f}")
+    if perplexity.min() < 0.02 * size:
+        print("  a codebook has collapsed: a few codes stand for nearly everything. Is the audio silent, or all alike? "
+              "Otherwise try more --steps, a lower --lr, or --quantizer fsq, which cannot collapse.")
+    result = {"files": len(rows), "mel_distance": mel, "si_sdr": sdr, "bitrate": codec.bitrate, "frame_rate": codec.frame_rate,
+              "usage": usage.tolist(), "perplexity": perplexity.tolist(), "fingerprint": codec.fingerprint}
+    write_atomically(out / "report.json", json.dumps(result, indent=1).encode())
+
+
+def reconstruct(settings: CodecSettings) -> None:
+    if len(settings.reconstruct) != 2:
+        raise InputError("--reconstruct takes two paths: IN OUT")
+    source, target = settings.reconstruct
+    codec = Codec.load(Path(settings.out) / "codec.pt", pick_device(settings.device))
+    wav = read_audio(source)
+    tokens, _ = codec.encode(wav[None].to(next(codec.parameters()).device))
+    made = codec.decode(tokens)[0, :len(wav)].cpu().clamp(-1, 1)
+    try:
+        sf.write(target, made.numpy(), SAMPLE_RATE)
+    except (sf.LibsndfileError, TypeError, ValueError) as error:
+        raise InputError(f"{target}: cannot be written ({error}); try a name that ends in .wav or .flac") from None
+    print(f"{source}: {len(wav) / SAMPLE_RATE:.1f} s -> {tokens.numel()} tokens, {codec.bitrate / 1000:.1f} kbit/s -> {target}")
+
+
 # ---------------------------------------------------------------------------------------------------- audio and corpora
 
 AUDIO_ENDINGS = {".flac", ".wav", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".caf", ".w64"}
@@ -396,471 +875,6 @@ def make_synthetic(root: Path, seed: int = 0, sizes={"train": 600, "dev": 60, "t
                 print(f"{name}-{number:04d}", *words, file=text)
                 print(f"{name}-{number:04d}", *(f"{phone}:{end}" for phone, end in alignment), file=phones)
         part.rename(Path(root) / subset)
-
-
-# ---------------------------------------------------------------------------------------------------- the models
-
-def conv(channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> nn.Module:
-    """Convolution padded so that T steps in give T / stride steps out."""
-    both, right = divmod(kernel - stride, 2)
-    layer = nn.Conv1d(channels_in, channels_out, kernel, stride, padding=both)
-    return nn.Sequential(nn.ConstantPad1d((0, 1), 0.0), layer) if right else layer
-
-
-class Residual(nn.Module):
-    """y + conv(act(conv(act(y)))), (B, C, T) -> (B, C, T)."""
-
-    def __init__(self, channels: int, inner: int):
-        super().__init__()
-        self.body = nn.Sequential(nn.ELU(), conv(channels, inner, 3), nn.ELU(), conv(inner, channels, 1))
-
-    def forward(self, y: Tensor) -> Tensor:
-        return y + self.body(y)
-
-
-class LogMel(nn.Module):
-    """wav (B, S) -> log-mel (B, M, S / hop): natural log of mel energies. S must be a multiple of hop."""
-
-    def __init__(self, n_fft: int, hop: int, n_mels: int):
-        super().__init__()
-        self.n_fft, self.hop = n_fft, hop
-        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
-        self.register_buffer("bands", torchaudio.functional.melscale_fbanks(
-            n_fft // 2 + 1, 0.0, SAMPLE_RATE / 2, n_mels, SAMPLE_RATE).T.contiguous(), persistent=False)
-
-    def forward(self, wav: Tensor) -> Tensor:
-        left = (self.n_fft - self.hop) // 2     # each frame's window is centred on the samples that it stands for
-        wav = F.pad(wav, (left, self.n_fft - self.hop - left))
-        spectrum = torch.stft(wav, self.n_fft, self.hop, window=self.window, center=False, return_complex=True)
-        return (self.bands @ torch.view_as_real(spectrum).square().sum(-1)).clamp(min=1e-5).log()
-
-
-class MelEncoder(nn.Sequential):
-    """wav (B, S) -> latent (B, D, T). Two log-mel frames make one token frame.
-
-    The BatchNorm keeps every dimension of the latent spread over the quantizer's range, so that codes are in use from
-    the first step; in evaluation it is a fixed scale."""
-
-    def __init__(self, dim: int, strides: tuple, mel_channels: int, blocks: int, **_):
-        hop = math.prod(strides) // 2
-        super().__init__(LogMel(512, hop, 80), Normalise(), conv(80, mel_channels, 4, stride=2),
-                         *(Residual(mel_channels, mel_channels) for _ in range(blocks)),
-                         nn.ELU(), conv(mel_channels, dim, 1), nn.BatchNorm1d(dim, affine=False))
-
-
-class Normalise(nn.Module):
-    """Log-mel of speech to about mean 0, deviation 1; fixed numbers, so that it cannot depend on the batch."""
-
-    def forward(self, mel: Tensor) -> Tensor:
-        return (mel + 4.4) / 4.0
-
-
-class TimeEncoder(nn.Sequential):
-    """wav (B, S) -> latent (B, D, T): SEANet (EnCodec, arXiv 2210.13438) without its LSTM.
-
-    Each stride shortens the time axis and doubles the channels; a residual unit refines the result. SEANet's first
-    convolution and residual unit work at the full sample rate, where they cost most: left out."""
-
-    def __init__(self, dim: int, strides: tuple, time_channels: int, **_):
-        layers, channels = [Waveform(), conv(1, 2 * time_channels, 8, strides[0])], 2 * time_channels
-        for stride in strides[1:]:
-            layers += [Residual(channels, channels // 2), nn.ELU(), conv(channels, 2 * channels, 2 * stride, stride)]
-            channels *= 2
-        super().__init__(*layers, Residual(channels, channels // 2), nn.ELU(), conv(channels, dim, 3),
-                         nn.BatchNorm1d(dim, affine=False))
-
-
-class Waveform(nn.Module):
-    def forward(self, wav: Tensor) -> Tensor:
-        return 4 * wav[:, None]                 # (B, 1, S), about deviation 0.3: speech recordings are quiet
-
-
-class ConvNeXt(nn.Module):
-    """Depthwise convolution over time, then a two-layer network a frame (Vocos, section 3.2). (B, C, T) -> same."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.depthwise = nn.Conv1d(channels, channels, 7, padding=3, groups=channels)
-        self.frame = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, 3 * channels), nn.GELU(),
-                                   nn.Linear(3 * channels, channels))
-        self.scale = nn.Parameter(torch.full((channels,), 0.3))
-
-    def forward(self, y: Tensor) -> Tensor:
-        return y + (self.frame(self.depthwise(y).transpose(1, 2)) * self.scale).transpose(1, 2)
-
-
-class Decoder(nn.Module):
-    """latent (B, D, T) -> wav (B, T * hop), by predicting the complex spectrum and inverting it.
-
-    The first blocks work at the token rate, where they are cheap and see far; the last ones at a hop of about 100
-    samples, fine enough for pitch pulses."""
-
-    def __init__(self, dim: int, hop: int, decoder_channels: int, blocks: int, **_):
-        super().__init__()
-        self.up = min((n for n in range(1, hop + 1) if hop % n == 0), key=lambda n: abs(hop / n - 100))
-        self.hop = hop // self.up               # samples a spectrum frame
-        self.n_fft = 4 * self.hop
-        wide, slim = decoder_channels, decoder_channels * 3 // 4
-        self.slow = nn.Sequential(conv(dim, wide, 7), *(ConvNeXt(wide) for _ in range(blocks)))
-        self.widen = conv(wide, slim * self.up, 3)
-        self.fast = nn.Sequential(*(ConvNeXt(slim) for _ in range(blocks)))
-        self.head = nn.Sequential(nn.LayerNorm(slim), nn.Linear(slim, 2 * (self.n_fft // 2 + 1)))
-        self.register_buffer("window", torch.hann_window(self.n_fft), persistent=False)
-
-    def forward(self, latent: Tensor) -> Tensor:
-        batch, _, time = latent.shape
-        y = self.widen(self.slow(latent))                                       # (B, slim * up, T)
-        y = y.unflatten(1, (-1, self.up)).transpose(2, 3).flatten(2)            # (B, slim, T * up)
-        log_magnitude, phase = self.head(self.fast(y).transpose(1, 2)).float().chunk(2, dim=-1)
-        spectrum = torch.polar(log_magnitude.clamp(max=5).exp(), phase)         # (B, T * up, n_fft / 2 + 1)
-        frames = torch.fft.irfft(spectrum, self.n_fft) * self.window            # (B, T * up, n_fft)
-        # Overlap-add, divided by what the squared windows sum to.
-        length = (time * self.up - 1) * self.hop + self.n_fft
-        add = dict(output_size=(1, length), kernel_size=(1, self.n_fft), stride=(1, self.hop))
-        wav = F.fold(frames.transpose(1, 2), **add).view(batch, length)
-        weight = F.fold(self.window.square().expand(1, time * self.up, -1).transpose(1, 2), **add).view(1, length)
-        left = (self.n_fft - self.hop) // 2
-        return (wav / weight.clamp(min=1e-3))[:, left:left + time * self.up * self.hop]
-
-
-class Codec(nn.Module):
-    """Encoder, quantizer and decoder.
-
-        codec = Codec.load("runs/codec/codec.pt")
-        tokens, token_len = codec.encode(wav, wav_len)      # (B, S) -> (B, Q, T), (B,), T = ceil(wav_len / hop)
-        wav = codec.decode(tokens)                          # (B, Q, T) -> (B, T * hop)
-    """
-    # Encoding works through windows of one shape, whatever the batch: an utterance's tokens are then the same bits
-    # alone and in any batch (a convolution rounds differently for another shape), memory is bounded however long the
-    # recording, and the working set stays in the processor's cache.
-    window, context = 112, 8                    # token frames kept of each window; frames seen on each side of them
-
-    def __init__(self, settings: CodecSettings):
-        super().__init__()
-        self.settings, sizes = settings, SIZES[settings.size]
-        self.quantizer = (ResidualVQ(128, settings.codebooks) if settings.quantizer == "rvq"
-                          else GroupFSQ(settings.codebooks))
-        encoder = {"mel": MelEncoder, "time": TimeEncoder}[settings.encoder]
-        self.encoder = encoder(self.quantizer.dim, settings.strides, **sizes)
-        self.decoder = Decoder(self.quantizer.dim, settings.hop, **sizes)
-        self.hop, self.sample_rate = settings.hop, SAMPLE_RATE
-
-    @property
-    def frame_rate(self) -> float:
-        """Token frames a second."""
-        return self.sample_rate / self.hop
-
-    @property
-    def bitrate(self) -> float:
-        """Bits a second."""
-        return self.frame_rate * self.quantizer.num_codebooks * math.log2(self.quantizer.codebook_size)
-
-    @property
-    def fingerprint(self) -> str:
-        """Twelve hex digits that tell this encoder and these codebooks from all others."""
-        digest = hashlib.sha256(repr((self.settings.encoder, self.settings.strides)).encode())
-        for name, value in sorted({**self.encoder.state_dict(), "codebooks": self.quantizer.codebooks()}.items()):
-            digest.update(name.encode() + value.cpu().numpy().tobytes())
-        return digest.hexdigest()[:12]
-
-    def forward(self, wav: Tensor) -> tuple[Tensor, Quantized]:
-        """For training: wav (B, S), S a multiple of hop -> reconstruction (B, S) and what the quantizer says."""
-        quantized = self.quantizer(self.encoder(wav))
-        return self.decoder(quantized.latent), quantized
-
-    def encode(self, wav: Tensor, wav_len: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """wav (B, S) -> tokens (B, Q, T) int64, token_len (B,); steps after token_len are 0."""
-        return self.by_windows(wav, wav_len, lambda part: self.quantizer.encode(self.encoder(part)))
-
-    def latent(self, wav: Tensor, wav_len: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What the quantizer sees: wav (B, S) -> latent (B, D, T), token_len (B,)."""
-        return self.by_windows(wav, wav_len, self.encoder)
-
-    @torch.inference_mode()
-    def by_windows(self, wav: Tensor, wav_len: Tensor | None, encode) -> tuple[Tensor, Tensor]:
-        batch, samples = wav.shape
-        wav_len = torch.full((batch,), samples, device=wav.device) if wav_len is None else wav_len.to(wav.device)
-        token_len = -(-wav_len // self.hop)
-        wav = wav * (torch.arange(samples, device=wav.device) < wav_len[:, None])
-        step, margin = self.window * self.hop, self.context * self.hop
-        count = max(1, -(-samples // step))
-        wav = F.pad(wav, (margin, count * step - samples + margin))
-        parts = wav.unfold(1, step + 2 * margin, step)                          # (B, count, samples a window)
-        needed = (torch.arange(count, device=wav.device) * self.window < token_len[:, None]).nonzero()
-        kept = [encode(parts[which[:, 0], which[:, 1]])[..., self.context:-self.context]
-                for which in needed.split(1 if wav.device.type == "cpu" else 64)]
-        kept = torch.cat(kept) if kept else encode(parts[:1, 0])[:0, :, self.context:-self.context]
-        out = kept.new_zeros(batch, count, *kept.shape[1:])                     # (B, count, Q or D, window)
-        out[needed[:, 0], needed[:, 1]] = kept
-        out = out.transpose(1, 2).flatten(2)[..., :int(token_len.max())]
-        return out * (torch.arange(out.shape[-1], device=out.device) < token_len[:, None, None]), token_len
-
-    @torch.inference_mode()
-    def decode(self, tokens: Tensor) -> Tensor:
-        """tokens (B, n, T), n <= Q -> wav (B, T * hop)."""
-        return self.decoder(self.quantizer.decode(tokens))
-
-    @classmethod
-    def load(cls, path: str | Path, device: str = "cpu") -> "Codec":
-        """Raises InputError when the file is missing, damaged, or no codec."""
-        saved = load_checkpoint(path, "codec", device)
-        settings = CodecSettings(**saved["settings"])
-        codec = cls(settings)
-        codec.load_state_dict(saved["model"])
-        return codec.to(device).eval()
-
-
-# ---------------------------------------------------------------------------------------------------- losses
-
-class MelDistance(nn.Module):
-    """Distance of log-mel spectrograms at seven resolutions, from sharp in time to sharp in frequency."""
-
-    def __init__(self):
-        super().__init__()
-        self.mels = nn.ModuleList(LogMel(n_fft, n_fft // 4, n_mels) for n_fft, n_mels in
-                                  zip((32, 64, 128, 256, 512, 1024, 2048), (5, 10, 20, 40, 80, 120, 160)))
-
-    def forward(self, wav: Tensor, other: Tensor) -> Tensor:
-        """(B, S), (B, S) -> (): mean of L1 + L2."""
-        total = 0.0
-        for mel in self.mels:
-            length = wav.shape[1] // mel.hop * mel.hop
-            difference = (mel(wav[:, :length]) - mel(other[:, :length])) / 2     # of amplitudes: half that of energies
-            total = total + difference.abs().mean() + difference.square().mean()
-        return total / len(self.mels)
-
-
-class Discriminator(nn.Module):
-    """Judges complex spectrograms at three resolutions (EnCodec, section 3.4): real speech or reconstructed?"""
-
-    def __init__(self, channels: int = 32):
-        super().__init__()
-        self.sizes = (2048, 1024, 512)
-        self.nets = nn.ModuleList(nn.ModuleList([
-            nn.Conv2d(2, channels, (3, 9), padding=(1, 4)),
-            *(nn.Conv2d(channels, channels, (3, 9), (1, 2), (dilation, 4), (dilation, 1)) for dilation in (1, 2, 4)),
-            nn.Conv2d(channels, 1, 3, padding=1)]) for _ in self.sizes)
-
-    def forward(self, wav: Tensor) -> list[list[Tensor]]:
-        """wav (B, S) -> for each resolution the outputs of all layers; the last is the score."""
-        outputs = []
-        for n_fft, layers in zip(self.sizes, self.nets):
-            spectrum = torch.stft(wav, n_fft, n_fft // 4, window=torch.hann_window(n_fft, device=wav.device),
-                                  normalized=True, return_complex=True)
-            y, features = torch.view_as_real(spectrum).permute(0, 3, 2, 1), []  # (B, 2, frames, bins)
-            for layer in layers:
-                y = layer(y)
-                features.append(y)
-                y = F.leaky_relu(y, 0.2)
-            outputs.append(features)
-        return outputs
-
-
-WEIGHTS = {"mel": 1.0, "wave": 0.1, "commit": 1.0, "adversarial": 1.0, "features": 2.0}
-
-
-def generator_losses(discriminator: nn.Module, wav: Tensor, made: Tensor) -> dict[str, Tensor]:
-    """Squared GAN loss and feature matching, mean over resolutions and layers."""
-    with torch.no_grad():
-        real = discriminator(wav)
-    fake = discriminator(made)
-    matching = [(f - r).abs().mean() / r.abs().mean() for fs, rs in zip(fake, real) for f, r in zip(fs[:-1], rs[:-1])]
-    return {"adversarial": sum((fs[-1] - 1).square().mean() for fs in fake) / len(fake),
-            "features": sum(matching) / len(matching)}
-
-
-def discriminator_loss(discriminator: nn.Module, wav: Tensor, made: Tensor) -> Tensor:
-    real, fake = discriminator(wav), discriminator(made.detach())
-    return sum((r[-1] - 1).square().mean() + f[-1].square().mean() for r, f in zip(real, fake)) / len(real)
-
-
-def si_sdr(made: Tensor, wav: Tensor) -> Tensor:
-    """Scale-invariant signal-to-distortion ratio in dB (arXiv 1811.02508). (B, S), (B, S) -> (B,)."""
-    made, wav = made - made.mean(1, keepdim=True), wav - wav.mean(1, keepdim=True)
-    target = wav * ((made * wav).sum(1) / wav.square().sum(1).clamp(min=1e-8))[:, None]
-    return 10 * torch.log10(target.square().sum(1).clamp(min=1e-8) / (made - target).square().sum(1).clamp(min=1e-8))
-
-
-# ---------------------------------------------------------------------------------------------------- training
-
-class Crops:
-    """Random crops of audio files. Batch number n depends on seed and n alone: a resumed run goes on with the same data."""
-
-    def __init__(self, files: list[Path], settings: CodecSettings):
-        self.files, self.seed, self.batch = files, settings.seed, settings.batch
-        self.length = max(1, round(settings.crop * SAMPLE_RATE / settings.hop)) * settings.hop
-        self.cache, self.room = {}, 2 << 30             # decoded audio as int16, up to 2 GiB
-        self.unreadable: dict[Path, str] = {}
-        self.odd = Counter()                            # what is strange about how many files
-
-    def read(self, path: Path) -> np.ndarray | None:
-        if path not in self.cache and path not in self.unreadable:
-            try:
-                wav = (read_audio(path) * 32767).clamp(-32768, 32767).short().numpy()
-            except InputError as error:
-                self.unreadable[path] = str(error)
-                return None
-            self.odd.update(name for name, found in (
-                ("silent", np.abs(wav).max() < 30), ("clipped", np.mean(np.abs(wav) > 32700) > 0.01),
-                ("shifted off zero", abs(wav.mean()) > 1000)) if found)
-            if self.room < wav.nbytes:
-                return wav
-            self.cache[path], self.room = wav, self.room - wav.nbytes
-        return self.cache.get(path)
-
-    @lru_cache(2)
-    def order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.files))
-
-    def crop(self, number: int) -> np.ndarray:
-        """Crop `number` of the run: every file once before any comes again, in a new order each time."""
-        epoch, place = divmod(number, len(self.files))
-        rng = np.random.default_rng((self.seed, 1, number))
-        for attempt in range(1000):                     # an unreadable file is named at the end, its place taken by the next
-            wav = self.read(self.files[self.order(epoch)[(place + attempt) % len(self.files)]])
-            if wav is not None:
-                wav = np.pad(wav, (0, max(0, self.length - len(wav))))
-                start = rng.integers(len(wav) - self.length + 1)
-                return wav[start:start + self.length].astype(np.float32) / 32768
-        raise InputError(f"no readable audio among {len(self.files)} files; the first: {next(iter(self.unreadable.values()))}")
-
-    def __call__(self, step: int, rank: int, world: int) -> Tensor:
-        """This process's share of a step's crops: (batch / world, crop)."""
-        numbers = range(step * self.batch + rank, (step + 1) * self.batch, world)
-        return torch.from_numpy(np.stack([self.crop(number) for number in numbers]))
-
-
-def train(settings: CodecSettings) -> None:
-    device, rank, world = start_processes(settings.device)
-    torch.manual_seed(settings.seed)                    # same weights in all processes
-    folder, train_subsets, dev_subsets, _ = corpus_subsets(settings.corpus, settings.train, settings.dev)
-    files = [path for subset in train_subsets for path in find_audio(folder, subset)]
-    if not files:
-        raise InputError(f"{folder}: no audio in {', '.join(train_subsets)}")
-    codec, out = Codec(settings).to(device), Path(settings.out)
-    nets, mel_distance, crops = [codec], MelDistance().to(device), Crops(files, settings)
-    if settings.adversarial:
-        nets.append(Discriminator().to(device))
-    optimisers = [torch.optim.AdamW(net.parameters(), settings.lr, betas=(0.8, 0.99)) for net in nets]
-    start = resume(out / "codec.pt", settings, nets, optimisers)
-    if rank == 0:
-        print(f"codec: {settings.encoder} encoder, {settings.quantizer}, {codec.frame_rate:g} Hz, {codec.bitrate / 1000:.1f} kbit/s, "
-              f"{sum(p.numel() for p in codec.parameters()) / 1e6:.1f} M parameters; {len(files)} files on {device}")
-        if start:
-            print(f"continuing at step {start} of {settings.steps} ({out / 'codec.pt'})")
-    if world > 1:                                       # codebooks agree by themselves: no broadcast of buffers
-        nets = [nn.parallel.DistributedDataParallel(net, broadcast_buffers=False) for net in nets]
-    recent, bar = [], tqdm(range(start, settings.steps), initial=start, total=settings.steps, disable=rank > 0, desc="codec")
-    with ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(crops, start, rank, world)
-        for step in bar:
-            wav, ahead = ahead.result().to(device), reader.submit(crops, step + 1, rank, world)
-            torch.manual_seed((settings.seed * 1_000_000 + step) * world + rank)    # a resumed run draws the same
-            recent.append(train_step(nets, optimisers, mel_distance, wav, step, settings))
-            if (step + 1) % CHECK_EVERY == 0 or step + 1 == settings.steps:
-                log_and_save(recent, step + 1, settings, nets, optimisers, bar, rank)
-                recent.clear()
-    if rank == 0:
-        report(codec, [path for subset in dev_subsets for path in find_audio(folder, subset)][:100], out)
-        for why in crops.unreadable.values():
-            print(f"skipped: {why}")
-        for name, count in crops.odd.items():
-            print(f"odd: {count} of {len(files)} files are {name}")
-        print(f"wrote {out / 'codec.pt'}; next: python tokenize_corpus.py --codec {out / 'codec.pt'}")
-
-
-CHECK_EVERY = 100       # steps between log lines; each is also a checkpoint
-
-
-def train_step(nets, optimisers, mel_distance, wav, step: int, settings) -> tuple[dict[str, Tensor], Tensor]:
-    """One step on wav (B, S) -> the losses and the tokens (B, Q, T), left on the device."""
-    warm = min(1.0, (step + 1) / 100)                   # then a half cosine to a twentieth of the peak
-    lr = settings.lr * warm * (0.525 + 0.475 * math.cos(math.pi * step / settings.steps))
-    for optimiser in optimisers:
-        optimiser.param_groups[0]["lr"] = lr
-    made, quantized = nets[0](wav)
-    losses = {"mel": mel_distance(wav, made), "wave": (wav - made).abs().mean(), "commit": quantized.loss}
-    if settings.adversarial:
-        if step % 3 < 2:                                # the discriminator learns in two steps of three
-            step_down(discriminator_loss(nets[1], wav, made), nets[1], optimisers[1])
-        losses.update(generator_losses(nets[1], wav, made))
-    step_down(sum(WEIGHTS[name] * value for name, value in losses.items()), nets[0], optimisers[0])
-    return {name: value.detach() for name, value in losses.items()}, quantized.tokens
-
-
-def step_down(loss: Tensor, net: nn.Module, optimiser: torch.optim.Optimizer) -> None:
-    optimiser.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(net.parameters(), 1.0)     # a click in one file must not throw the run off
-    optimiser.step()
-
-
-def log_and_save(recent, step: int, settings, nets, optimisers, bar, rank: int) -> None:
-    losses = {name: torch.stack([row[name] for row, _ in recent]).mean().item() for name in recent[0][0]}
-    bad = [name for name, value in losses.items() if not math.isfinite(value)]
-    if bad:
-        raise InputError(f"the loss ({', '.join(bad)}) became infinite between steps {step - len(recent)} and {step}; "
-                         f"the last good checkpoint is kept: try a lower --lr or look for odd audio")
-    if rank:
-        return
-    codec = getattr(nets[0], "module", nets[0])
-    tokens = torch.cat([tokens for _, tokens in recent[-50:]])
-    size = codec.quantizer.codebook_size
-    usage, perplexity = usage_and_perplexity(tokens, torch.ones_like(tokens[:, 0]).float(), size)
-    bar.write(f"step {step} | " + " | ".join(f"{name} {value:.3f}" for name, value in losses.items())
-              + f" | codes in use {100 * usage.mean():.0f} % | perplexity {perplexity.mean():.0f} of {size}"
-              + f" | {bar.format_dict['rate'] or 0:.1f} steps/s")
-    out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "log.jsonl", "a") as log:
-        log.write(json.dumps({"step": step, **losses, "usage": usage.tolist(), "perplexity": perplexity.tolist()}) + "\n")
-    save_checkpoint(out / "codec.pt", {"kind": "codec", "settings": asdict(settings), "step": step, "model": codec.state_dict(),
-                                       "discriminator": nets[1].state_dict() if len(nets) > 1 else {},
-                                       "optimisers": [optimiser.state_dict() for optimiser in optimisers]})
-
-
-@torch.inference_mode()
-def report(codec: Codec, files: list[Path], out: Path) -> None:
-    """How well the codec does on whole dev utterances; printed and written to report.json."""
-    codec.eval()
-    device = next(codec.parameters()).device
-    mel_distance, rows, tokens = MelDistance().to(device), [], []
-    for path in files:
-        try:
-            wav = read_audio(path)[None, :30 * SAMPLE_RATE].to(device)
-        except InputError as error:
-            print(f"skipped: {error}")
-            continue
-        tokens.append(codec.encode(wav)[0])
-        made = codec.decode(tokens[-1])[:, :wav.shape[1]]
-        rows.append((mel_distance(wav, made).item(), si_sdr(made, wav).item()))
-    if not rows:
-        return print("no readable dev audio: no report")
-    tokens = torch.cat(tokens, 2)                       # (1, Q, all frames)
-    size = codec.quantizer.codebook_size
-    usage, perplexity = usage_and_perplexity(tokens, torch.ones_like(tokens[:, 0]).float(), size)
-    mel, sdr = np.mean(rows, 0)
-    print(f"dev ({len(rows)} files): mel distance {mel:.3f} | SI-SDR {sdr:.1f} dB | {codec.bitrate / 1000:.2f} kbit/s")
-    for level in range(codec.quantizer.num_codebooks):
-        print(f"  codebook {level}: {100 * usage[level]:.0f} % of {size} codes in use, perplexity {perplexity[level]:.0f}")
-    if perplexity.min() < 0.02 * size:
-        print("  a codebook has collapsed: a few codes stand for nearly everything. Is the audio silent, or all alike? "
-              "Otherwise try more --steps, a lower --lr, or --quantizer fsq, which cannot collapse.")
-    result = {"files": len(rows), "mel_distance": mel, "si_sdr": sdr, "bitrate": codec.bitrate, "frame_rate": codec.frame_rate,
-              "usage": usage.tolist(), "perplexity": perplexity.tolist(), "fingerprint": codec.fingerprint}
-    write_atomically(out / "report.json", json.dumps(result, indent=1).encode())
-
-
-def reconstruct(settings: CodecSettings) -> None:
-    if len(settings.reconstruct) != 2:
-        raise InputError("--reconstruct takes two paths: IN OUT")
-    source, target = settings.reconstruct
-    codec = Codec.load(Path(settings.out) / "codec.pt", pick_device(settings.device))
-    wav = read_audio(source)
-    tokens, _ = codec.encode(wav[None].to(next(codec.parameters()).device))
-    made = codec.decode(tokens)[0, :len(wav)].cpu().clamp(-1, 1)
-    sf.write(target, made.numpy(), SAMPLE_RATE)
-    print(f"{source}: {len(wav) / SAMPLE_RATE:.1f} s -> {tokens.numel()} tokens, {codec.bitrate / 1000:.1f} kbit/s -> {target}")
 
 
 # ---------------------------------------------------------------------------------------------------- plumbing

@@ -259,7 +259,10 @@ def train(settings: TrainSettings) -> None:
             step += 1
             if step % 20 == 0:                          # seldom: reading a loss makes a GPU wait
                 bar.set_postfix_str(f"loss {finite(losses[-1], step, data, group):.2f}")
-        loss, minutes = finite(torch.stack(losses).mean(), step, data, group), (time.time() - began) / 60
+        loss = torch.stack(losses).mean()
+        if world > 1:
+            dist.all_reduce(loss)
+        loss, minutes = finite(loss / world, step, data, group), (time.time() - began) / 60
         if rank:
             continue
         wer, cer = judge(model, dev, text, frames, device, settings.lang_token)
