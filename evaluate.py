@@ -256,6 +256,9 @@ def evaluate(settings: EvalSettings) -> None:
     if settings.plots:
         plot_utterance(recogniser, data, len(data.rows) // 2, out)
         plot_curves([str(recogniser.path.parent)], out)
+        if meta["features"] == "tokens" and meta["codec_path"] != "encodec":
+            codec = Codec.load(settings.codec or meta["codec_path"], str(recogniser.device))
+            plot_codec(codec, data.rows[len(data.rows) // 2], data, out)
         if settings.noise:
             plot_noise(report["test"], out)
 
@@ -287,19 +290,26 @@ def degrade(recogniser: Recogniser, data: TokenSet, kind: str, snr: float, setti
     return data.with_arrays([array[:, :recogniser.settings["codebooks"] or None] for array in arrays])
 
 
+def read_log(folder: str | Path) -> list[dict]:
+    """A training run's log.jsonl: a row an epoch; of an epoch done twice, the later."""
+    rows = (json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines())
+    return list({row["epoch"]: row for row in rows}.values())
+
+
 def compare(settings: EvalSettings) -> None:
     """One table of several runs, each against the first, on the same utterances."""
     runs = [Recogniser(Path(folder) / "asr.pt", pick_device(settings.device)) for folder in settings.compare]
     everything = [{**run.settings, **{k: run.meta[k] for k in ("features", "codec", "hop", "bitrate")}} for run in runs]
     differ = [key for key in everything[0] if key not in ("out", "device") and len({str(e.get(key)) for e in everything}) > 1]
     subsets = settings.test or runs[0].meta["test"]
-    page = f"| run | {' | '.join(differ)} | M parameters | " + " | ".join(f"{s}: WER % | {s}: CER % | CER - first" for s in subsets) + " |\n"
+    page = f"| run | {' | '.join(differ)} | M parameters | training, s of speech a s | " + " | ".join(f"{s}: WER % | {s}: CER % | CER - first" for s in subsets) + " |\n"
     page += "|" + "---|" * (page.count("|") - 1) + "\n"
     report, first = [], {}
     for folder, recogniser, values in zip(settings.compare, runs, everything):
         row = {"run": folder, **{key: values.get(key) for key in differ},
-               "parameters": sum(p.numel() for p in recogniser.model.parameters()), "test": {}}
-        cells = [folder, *(str(values.get(key)) for key in differ), f"{row['parameters'] / 1e6:.2f}"]
+               "parameters": sum(p.numel() for p in recogniser.model.parameters()),
+               "training_speed": float(np.median([epoch["seconds_a_second"] for epoch in read_log(folder)])), "test": {}}
+        cells = [folder, *(str(values.get(key)) for key in differ), f"{row['parameters'] / 1e6:.2f}", f"{row['training_speed']:.0f}"]
         for subset in subsets:
             data = TokenSet(recogniser.settings["tokens"], [subset], recogniser.settings["codebooks"])
             score, summary = judge(recogniser, data, settings.seed)
@@ -359,7 +369,9 @@ def content(settings: EvalSettings) -> None:
         rows.append(row)
         page += (f"| {level} | {row['phoneme']:.2f} | {100 * row['phoneme_share']:.0f} % | "
                  f"{row['voice']:.2f} | {100 * row['voice_share']:.0f} % |\n")
-    save_report(settings.out, "content", rows, page)
+    out = save_report(settings.out, "content", rows, page)
+    if settings.plots:
+        plot_content(rows, out)
 
 
 # ---------------------------------------------------------------------------------------------------- speed
@@ -488,11 +500,38 @@ def plot_utterance(recogniser: Recogniser, data: TokenSet, number: int, out: Pat
     fig.savefig(out / "utterance.png", dpi=110)
 
 
+def plot_codec(codec: Codec, row: dict, data: TokenSet, out: Path) -> None:
+    """Log-mel before and after the codec, and how evenly each codebook is used."""
+    wav = read_audio(row["audio"])[None].to(next(codec.parameters()).device)
+    mel, made = LogMel(512, 160, 80).to(wav.device), codec.decode(codec.encode(wav)[0])
+    fig, axes = figure(3)
+    for axis, sound, name in zip(axes[:, 0], (wav, made), ("original", f"from tokens, {codec.bitrate / 1000:.1f} kbit/s")):
+        axis.imshow(mel(sound[:, :wav.shape[1] // 160 * 160])[0].cpu(), origin="lower", aspect="auto", vmin=-11, vmax=6,
+                    extent=(0, wav.shape[1] / SAMPLE_RATE, 0, 80))
+        axis.set(title=name, ylabel="mel band")
+    for level in range(data.flat.shape[1]):
+        counts = np.sort(np.bincount(data.flat[:, level].numpy(), minlength=codec.quantizer.codebook_size))[::-1]
+        axes[2, 0].plot(counts / counts.sum() * len(counts), linewidth=0.8, label=f"codebook {level}")
+    axes[2, 0].set(xlabel="codes, most used first", ylabel="use (1: even)", yscale="log", ylim=(1e-2, None))
+    axes[2, 0].legend(fontsize=6, ncol=4)
+    fig.savefig(out / "codec.png", dpi=110)
+
+
+def plot_content(rows: list[dict], out: Path) -> None:
+    """What each codebook tells of phoneme and voice."""
+    fig, axes = figure(1, 6.5, 3.2)
+    for shift, name in ((-0.2, "phoneme"), (0.2, "voice")):
+        axes[0, 0].bar([row["codebook"] + shift for row in rows], [100 * row[f"{name}_share"] for row in rows], 0.4, label=name)
+    axes[0, 0].set(xlabel="codebook", ylabel="% of what there is to know")
+    axes[0, 0].legend()
+    fig.savefig(out / "content.png", dpi=110)
+
+
 def plot_curves(folders: list[str], out: Path) -> None:
     """Dev CER against passes over the data, of several runs."""
     fig, axes = figure(1, 6.5, 3.2)
     for folder in folders:
-        rows = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+        rows = read_log(folder)
         axes[0, 0].plot([row["epoch"] for row in rows], [100 * row["dev_cer"] for row in rows], marker=".", label=folder)
     axes[0, 0].set(xlabel="epoch", ylabel="dev CER %", ylim=(0, None))
     axes[0, 0].legend()

@@ -1080,6 +1080,15 @@ class Evaluation(Case):
         token_folder(self.folder / "tokens")
         self.assertInputError("synthetic", self.evaluate, "--content", "--tokens", self.folder / "tokens")
 
+    def test_pictures_are_drawn_where_matplotlib_is(self):
+        if not importlib.util.find_spec("matplotlib"):
+            return self.assertInputError("pip install matplotlib", self.evaluate, "--plots")
+        self.evaluate("--plots", "--noise", "white", "--snr", 10)
+        self.evaluate("--plots", "--content", "--tokens", trained_asr().parents[1] / "tokens")
+        self.evaluate("--plots", "--compare", trained_asr().parent)
+        drawn = {path.name for path in (self.folder / "eval").glob("*.png") if path.stat().st_size > 5000}
+        self.assertEqual(drawn, {"utterance.png", "learning.png", "codec.png", "noise.png", "content.png"})
+
     @unittest.skipIf(importlib.util.find_spec("flashlight"), "flashlight-text is installed")
     def test_beam_search_without_flashlight_is_told_in_one_line(self):
         self.assertInputError("pip install flashlight-text", self.evaluate, "--beam", 5)
