@@ -59,7 +59,7 @@ class TrainSettings:
     size: str = option("tiny", "width and depth of the Conformer", choices=tuple(SIZES))
     subsampling: int = option(1, "steps of the input merged into one: 4 for 10 ms log-mel, 2 for 80 Hz tokens", choices=(1, 2, 4))
     dropout: float = option(0.1, "dropout of the Conformer")
-    epochs: int = option(30, "passes over the training utterances")
+    epochs: int = option(25, "passes over the training utterances")
     batch: float = option(40.0, "padded seconds of speech a step, over all processes")
     lr: float = option(1e-3, "peak learning rate of AdamW")
     seed: int = option(0, "random seed of weights, data order and masks")
