@@ -646,7 +646,9 @@ def read_manifest(path: Path) -> tuple[list[dict], list[str]]:
         try:
             if line.strip():
                 row = json.loads(line)
-                rows.append({**row, "audio_filepath": str(row["audio_filepath"])})
+                if not Path(row["audio_filepath"]).name:
+                    raise ValueError("empty path")
+                rows.append(row)
         except (ValueError, KeyError, TypeError) as error:
             skipped.append(f"{path}: line {number} is not a row with audio_filepath ({error!r})")
     return rows, skipped

@@ -120,7 +120,7 @@ def read_rows(manifest: Path) -> tuple[list[tuple], list[str]]:
     for row in rows:
         # The id becomes a file name: whatever the path held, it cannot lead out of --out.
         name = re.sub(r"[^\w-]+", "-", str(Path(row["audio_filepath"]).with_suffix(""))).strip("-")
-        found.append((name, str(row.get("text", "")), str(row.get("lang", "")), manifest.parent / row["audio_filepath"]))
+        found.append((name, str(row.get("text") or ""), str(row.get("lang") or ""), manifest.parent / row["audio_filepath"]))
     return found, skipped
 
 
@@ -350,7 +350,8 @@ def tokenize(settings: TokenSettings) -> None:
     out = Path(settings.out)
     folder, train, dev, test = corpus_subsets(settings.corpus, settings.train, settings.dev, settings.test)
     front_end = FrontEnd(settings.features, settings.codec, settings.hop, str(device), settings.kbps)
-    meta = front_end.meta | {"train": train, "dev": dev, "test": test, "speeds": settings.speeds, "noise": settings.noise}
+    meta = front_end.meta | {"train": train, "dev": dev, "test": test, "speeds": settings.speeds,
+                              "noise": settings.noise, "snr": settings.snr}
     check_same_codec(out / "meta.json", meta)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -392,11 +393,11 @@ def finish_subset(out: Path, subset: str, utterances: list[Utterance], skipped: 
 
 
 def check_same_codec(path: Path, meta: dict) -> None:
-    """Tokens of two codecs must not be mixed in one folder."""
+    """Tokens of two codecs, or copies in two kinds of noise, must not be mixed in one folder."""
     if path.exists():
         before = json.loads(path.read_text())
-        for name in ("features", "codec", "hop"):
-            if before[name] != meta[name]:
+        for name in ("features", "codec", "hop", *(("noise", "snr") if before["noise"] else ())):
+            if before[name] != json.loads(json.dumps(meta[name])):
                 raise InputError(f"{path.parent} holds {before['features']} with {name} {before[name]}, now {meta[name]}: "
                                  f"give another --out, or delete it")
 
