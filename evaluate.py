@@ -347,8 +347,8 @@ def content(settings: EvalSettings) -> None:
     data = TokenSet(folder, [*meta["train"], *meta["test"]])
     phones, voices = [], []
     for row, frames in zip(data.rows, data.lengths.tolist()):
-        speaker, chapter, _ = row["id"].split("-", 2)
-        path = Path(row["audio"]).parent / f"{speaker}-{chapter}.phones.txt"
+        speaker = row["id"].split("-")[0]
+        path = Path(row["audio"]).parent / f"{row['id'].rpartition('-')[0]}.phones.txt"
         if not path.is_file():
             raise InputError(f"{path}: no alignment; --content needs tokens of the synthetic corpus, without copies")
         items = next(line.split()[1:] for line in path.read_text().splitlines() if line.startswith(row["id"] + " "))

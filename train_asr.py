@@ -318,7 +318,8 @@ def rate(progress: float) -> float:
 def train_step(net: nn.Module, optimiser, data: TrainSet, group: Tensor, lr: float, device, rank: int, world: int) -> Tensor:
     """One optimiser step on the utterances `group` (B,) -> CTC loss a unit, left on the device."""
     optimiser.param_groups[0]["lr"] = lr
-    mine = group[rank::world] if len(group) >= world else group
+    # A batch with fewer utterances than processes goes whole to all: none may be left without work.
+    mine, scale = (group[rank::world], world) if len(group) >= world else (group, 1)
     tokens, token_len = data.take(mine, device)
     targets = torch.cat([data.targets[i] for i in mine.tolist()]).to(device)
     target_len = torch.tensor([len(data.targets[i]) for i in mine.tolist()], device=device)
@@ -326,7 +327,7 @@ def train_step(net: nn.Module, optimiser, data: TrainSet, group: Tensor, lr: flo
         log_probs, out_len = net(tokens, token_len)                             # (B, T', V)
     # Nats a text unit, over the utterances of all processes; DDP will divide the gradients by their number.
     units = sum(len(data.targets[i]) for i in group.tolist())
-    loss = F.ctc_loss(log_probs.transpose(0, 1), targets, out_len, target_len, reduction="sum") / units * world
+    loss = F.ctc_loss(log_probs.transpose(0, 1), targets, out_len, target_len, reduction="sum") / units * scale
     optimiser.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(net.parameters(), 1.0)
