@@ -91,7 +91,7 @@ class CodecSettings:
         if self.hop % 2 or min(self.strides) < 1:
             raise InputError(f"--strides {' '.join(map(str, self.strides))}: their product, samples a frame, must be even")
         for name in ("codebooks", "steps", "batch", "crop", "lr"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise InputError(f"--{name} {getattr(self, name)}: must be above 0")
 
 

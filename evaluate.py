@@ -71,7 +71,8 @@ class Recogniser:
 
     def front_end(self, codec: str) -> FrontEnd:
         """What made its training tokens; InputError when the codec at hand is another one."""
-        front_end = FrontEnd(self.meta["features"], codec or self.meta["codec_path"], self.meta["hop"], str(self.device))
+        front_end = FrontEnd(self.meta["features"], codec or self.meta["codec_path"], self.meta["hop"], str(self.device),
+                             self.meta["kbps"])
         if front_end.meta["codec"] != self.meta["codec"]:
             raise InputError(f"{self.path} was trained on tokens of codec {self.meta['codec']}, "
                              f"{front_end.meta['codec_path']} is codec {front_end.meta['codec']}: give its own with --codec")

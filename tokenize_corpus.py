@@ -58,6 +58,12 @@ class TokenSettings:
     device: str = option("auto", "auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"))
     out: str = option("runs/tokens", "folder to write")
 
+    def __post_init__(self):
+        if len(self.snr) != 2 or self.snr[0] > self.snr[1]:
+            raise InputError(f"--snr {' '.join(map(str, self.snr))}: give two numbers, LOW HIGH")
+        if self.hop < 1 or self.workers < 0 or self.copies < 0 or self.seed < 0 or not all(0.1 <= speed <= 10 for speed in self.speeds):
+            raise InputError("--hop must be at least 1, --workers, --copies and --seed at least 0, --speeds between 0.1 and 10")
+
 
 class Utterance(NamedTuple):
     id: str
@@ -259,7 +265,7 @@ class FrontEnd:
         wav_len = torch.tensor([len(wav) for wav in wavs], device=self.device)
         features, lengths = self.encode(pad_sequence(wavs, batch_first=True).to(self.device), wav_len)    # (B, Q or D, T)
         features = features.transpose(1, 2).to(self.type).cpu().numpy()
-        return [row[:length] for row, length in zip(features, lengths.tolist())]
+        return [np.ascontiguousarray(row[:length]) for row, length in zip(features, lengths.tolist())]
 
 
 class Audio(Dataset):

@@ -35,6 +35,10 @@ from tqdm import tqdm
 from asr_model import SIZES, Augment, CodecASR
 
 
+class InputError(ValueError):
+    """Bad input, told in one line: what, where, what to do. The script prints it and exits with code 2."""
+
+
 def option(default, help, **more):
     """A field of a settings class that is also a command-line flag."""
     return field(default=default, metadata={"help": help, **more})
@@ -67,9 +71,12 @@ class TrainSettings:
     compile: bool = option(False, "torch.compile: slower to start, faster after")
     out: str = option("runs/asr", "folder to write")
 
-
-class InputError(ValueError):
-    """Bad input, told in one line: what, where, what to do. The script prints it and exits with code 2."""
+    def __post_init__(self):
+        for name, good in (("epochs", self.epochs > 0), ("batch", self.batch > 0), ("lr", self.lr > 0), ("seed", self.seed >= 0),
+                           ("codebooks", self.codebooks >= 0), ("curriculum", self.curriculum >= 0),
+                           ("dropout", 0 <= self.dropout < 1), ("replace", 0 <= self.replace <= 1)):
+            if not good:
+                raise InputError(f"--{name} {getattr(self, name)}: out of range")
 
 
 # ---------------------------------------------------------------------------------------------------- text units
