@@ -4,7 +4,7 @@ in   a corpus of audio          synthetic speech (made on the spot), LibriSpeech
 out  runs/codec/codec.pt        weights and settings; training resumes from it
      runs/codec/report.json     how well it does on the dev audio
 
-    python codec.py                                              # synthetic corpus, three minutes on two CPU cores
+    python codec.py                                              # synthetic corpus, about five minutes on two CPU cores
     python codec.py --corpus mini-librispeech --size small       # real speech
     python codec.py --reconstruct in.wav out.wav                 # hear what the tokens keep
 
@@ -73,7 +73,7 @@ class CodecSettings:
     strides: tuple = option((2, 4, 5, 10), "product = samples a token frame: 400 = 25 ms = 40 Hz; 2 4 5 5 = 80 Hz", type=int)
     codebooks: int = option(8, "codebooks (RVQ) or groups (FSQ): each adds 10 bits a frame")
     size: str = option("tiny", "width and depth of all parts", choices=tuple(SIZES))
-    adversarial: bool = option(False, "add the multi-resolution STFT discriminator: better sound, twice the time")
+    adversarial: bool = option(False, "add the multi-resolution STFT discriminator: for better sound, as NVIDIA's recipe does")
     steps: int = option(500, "optimiser steps: 500 for the synthetic corpus, thousands for real speech")
     batch: int = option(16, "crops a step, over all processes")
     crop: float = option(1.0, "seconds a crop")
