@@ -31,7 +31,7 @@ import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -952,18 +952,20 @@ def start_processes(device: str) -> tuple[torch.device, int, int]:
 
 def parse(settings: type, description: str, arguments: list[str] | None = None):
     """Command-line flags from the fields of a settings class -> an instance of it."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    page = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=120)
+    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=description, formatter_class=page)
     for item in fields(settings):
-        more = dict(item.metadata)
+        flag, more = "--" + item.name.replace("_", "-"), dict(item.metadata)
+        if item.default is False:
+            parser.add_argument(flag, action="store_true", **more)
+            continue
         several = isinstance(item.default, tuple)
         more.setdefault("type", type(item.default))
-        if more["type"] is bool:
-            more.update(type=None, action=argparse.BooleanOptionalAction)
-        elif several:
-            more.update(nargs="+")
-        shown = " ".join(map(str, item.default)) if several else item.default
-        more["help"] += f" (default: {shown})" if shown not in ("", None) else ""
-        parser.add_argument("--" + item.name.replace("_", "-"), default=item.default, **{k: v for k, v in more.items() if v is not None})
+        if "choices" not in more:
+            more["metavar"] = {int: "N", float: "X", str: "NAME"}[more["type"]]
+        shown = " ".join(map(str, item.default)) if several else str(item.default)
+        more["help"] += f" (default: {shown})" if shown else ""
+        parser.add_argument(flag, default=item.default, nargs="+" if several else None, **more)
     values = vars(parser.parse_args(arguments))
     return settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 

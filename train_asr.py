@@ -21,6 +21,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import jiwer
@@ -432,14 +433,18 @@ def start_processes(device: str) -> tuple[torch.device, int, int]:
 
 def parse(settings: type, description: str, arguments: list[str] | None = None):
     """Command-line flags from the fields of a settings class -> an instance of it."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    page = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=120)
+    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=description, formatter_class=page)
     for item in fields(settings):
-        more = {"type": type(item.default), **item.metadata}
-        if more["type"] is bool:
-            del more["type"]
-            more["action"] = argparse.BooleanOptionalAction
+        flag, more = "--" + item.name.replace("_", "-"), dict(item.metadata)
+        if item.default is False:
+            parser.add_argument(flag, action="store_true", **more)
+            continue
+        more.setdefault("type", type(item.default))
+        if "choices" not in more:
+            more["metavar"] = {int: "N", float: "X", str: "NAME"}[more["type"]]
         more["help"] += f" (default: {item.default})"
-        parser.add_argument("--" + item.name.replace("_", "-"), default=item.default, **more)
+        parser.add_argument(flag, default=item.default, **more)
     return settings(**vars(parser.parse_args(arguments)))
 
 
