@@ -102,9 +102,12 @@ class TokenEmbedding(nn.Module):
 # ---------------------------------------------------------------------------------------------------- Conformer
 
 def rotate(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: y (B, H, T, C / H), cos and sin (T, C / H / 2). Scores then depend on distances alone."""
-    even, odd = y.chunk(2, -1)
-    return torch.cat([even * cos - odd * sin, even * sin + odd * cos], -1)
+    """Rotary positions: y (B, T, n, C / H), cos and sin (T, n * C / H). Scores then depend on distances alone.
+
+    Dimension i of a head turns with dimension i + C / H / 2. The products run over all heads of a frame at once: over
+    the halves of one head, a few numbers each, they would take three times as long."""
+    first, second = y.chunk(2, -1)
+    return torch.addcmul(y.flatten(2) * cos, torch.stack([second, first], 3).flatten(2), sin).view_as(y)
 
 
 class Attention(nn.Module):
@@ -115,8 +118,9 @@ class Attention(nn.Module):
 
     def forward(self, y: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """y (B, T, C), mask (B, 1, 1, T) -> (B, T, C)."""
-        q, k, v = self.qkv(self.norm(y)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # (B, H, T, C / H)
-        heads = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, attn_mask=mask)
+        qk, v = self.qkv(self.norm(y)).unflatten(2, (3 * self.heads, -1)).split([2 * self.heads, self.heads], 2)
+        q, k = rotate(qk, cos, sin).chunk(2, 2)                                 # (B, T, H, C / H), as v
+        heads = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)), attn_mask=mask)
         return self.out(heads.transpose(1, 2).flatten(2))
 
 
@@ -132,7 +136,10 @@ class Convolution(nn.Module):
     def forward(self, y: Tensor, real: Tensor) -> Tensor:
         """y (B, T, C), real (B, T, 1) -> (B, T, C)."""
         y = F.glu(self.gate(self.norm(y)), -1) * real               # padding must be 0 where a kernel reaches it
-        y = self.depthwise(y.transpose(1, 2)).transpose(1, 2)
+        # As an image one pixel high, whose channels lie side by side in memory as they do in y: many times as fast on a CPU.
+        conv = self.depthwise
+        y = F.conv2d(y.transpose(1, 2)[:, :, None], conv.weight[:, :, None], conv.bias, padding=(0, *conv.padding), groups=conv.groups)
+        y = y[:, :, 0].transpose(1, 2)
         return self.out(F.silu(self.after(y)))
 
 
@@ -148,10 +155,10 @@ class ConformerBlock(nn.Module):
         self.norm, self.drop = nn.LayerNorm(width), nn.Dropout(dropout)
 
     def forward(self, y: Tensor, mask: Tensor, real: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        y = y + self.drop(self.before(y)) / 2
+        y = torch.add(y, self.drop(self.before(y)), alpha=0.5)
         y = y + self.drop(self.attention(y, mask, cos, sin))
         y = y + self.drop(self.convolution(y, real))
-        y = y + self.drop(self.after(y)) / 2
+        y = torch.add(y, self.drop(self.after(y)), alpha=0.5)
         return self.norm(y)
 
 
@@ -217,7 +224,8 @@ class CodecASR(nn.Module):
         return self.output(y).float().log_softmax(-1), out_len
 
     def positions(self, steps: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin of the rotary angles, (T', C / H / 2) each."""
+        """cos and sin of the rotary angles, for the queries and keys of all heads: (T', 2 * C) each."""
         rate = 10_000 ** (-torch.arange(0, self.head_dim, 2, device=device) / self.head_dim)
-        angle = torch.arange(steps, device=device)[:, None] * rate
-        return angle.cos(), angle.sin()
+        angle = torch.arange(steps, device=device)[:, None] * rate              # (T', C / H / 2)
+        cos, sin, copies = angle.cos(), angle.sin(), 2 * self.project.out_features // self.head_dim
+        return torch.cat([cos, cos], 1).repeat(1, copies), torch.cat([-sin, sin], 1).repeat(1, copies)
