@@ -69,6 +69,12 @@ class Recogniser:
         self.model.load_state_dict(saved["model"])
         self.search = beam_search(self.text, beam, lm) if beam else self.text.greedy
 
+    @property
+    def bitrate(self) -> int | None:
+        """Bits a second of the tokens that it reads; None for features."""
+        used = (self.settings["codebooks"] or self.meta["codebooks"]) / max(1, self.meta["codebooks"])
+        return round(self.meta["bitrate"] * used) if self.meta["bitrate"] else None
+
     def front_end(self, codec: str) -> FrontEnd:
         """What made its training tokens; InputError when the codec at hand is another one."""
         front_end = FrontEnd(self.meta["features"], codec or self.meta["codec_path"], self.meta["hop"], str(self.device),
@@ -209,8 +215,8 @@ def judge(recogniser: Recogniser, data: TokenSet, seed: int) -> tuple[Score, dic
     languages = sorted({row["lang"] for row in data.rows} - {""})
     if len(languages) > 1:
         of = np.array([row["lang"] for row in data.rows])
-        summary["cer_by_language"] = {lang: rate(score.chars[of == lang]) for lang in languages}
-        summary["cer_language_mean"] = float(np.mean(list(summary["cer_by_language"].values())))
+        summary["cer_by_language"] = {lang: [rate(score.chars[of == lang]), *interval(score.chars[of == lang], seed)] for lang in languages}
+        summary["cer_language_mean"] = float(np.mean([cer for cer, *_ in summary["cer_by_language"].values()]))
         if recogniser.settings["lang_token"]:
             summary["language_accuracy"] = float(np.mean([guess == lang for guess, lang in zip(guesses, of)]))
     return score, summary
@@ -277,9 +283,9 @@ def save_report(folder: str, name: str, report: dict | list, page: str) -> Path:
 def languages_table(summary: dict) -> str:
     if "cer_by_language" not in summary:
         return ""
-    rows = "".join(f"| {lang} | {100 * cer:.1f} |\n" for lang, cer in summary["cer_by_language"].items())
+    rows = "".join(f"| {lang} | {percent(cer, bounds)} |\n" for lang, (cer, *bounds) in summary["cer_by_language"].items())
     accuracy = f"\nlanguage identified: {100 * summary['language_accuracy']:.1f} %\n" if "language_accuracy" in summary else ""
-    return f"\n| language | CER % |\n|---|---|\n{rows}| mean | {100 * summary['cer_language_mean']:.1f} |\n{accuracy}"
+    return f"\n| language | CER % (95 %) |\n|---|---|\n{rows}| mean | {100 * summary['cer_language_mean']:.1f} |\n{accuracy}"
 
 
 def degrade(recogniser: Recogniser, data: TokenSet, kind: str, snr: float, settings: EvalSettings) -> TokenSet:
@@ -300,14 +306,14 @@ def read_log(folder: str | Path) -> list[dict]:
 def compare(settings: EvalSettings) -> None:
     """One table of several runs, each against the first, on the same utterances."""
     runs = [Recogniser(Path(folder) / "asr.pt", pick_device(settings.device)) for folder in settings.compare]
-    everything = [{**run.settings, **{k: run.meta[k] for k in ("features", "codec", "hop", "bitrate")}} for run in runs]
+    everything = [{**run.settings, **{k: run.meta[k] for k in ("features", "codec", "hop")}, "bitrate": run.bitrate} for run in runs]
     differ = [key for key in everything[0] if key not in ("out", "device") and len({str(e.get(key)) for e in everything}) > 1]
     subsets = settings.test or runs[0].meta["test"]
     page = f"| run | {' | '.join(differ)} | M parameters | training, s of speech a s | " + " | ".join(f"{s}: WER % | {s}: CER % | CER - first" for s in subsets) + " |\n"
     page += "|" + "---|" * (page.count("|") - 1) + "\n"
     report, first = [], {}
     for folder, recogniser, values in zip(settings.compare, runs, everything):
-        row = {"run": folder, **{key: values.get(key) for key in differ},
+        row = {"run": folder, "bitrate": recogniser.bitrate, **{key: values.get(key) for key in differ},
                "parameters": sum(p.numel() for p in recogniser.model.parameters()),
                "training_speed": float(np.median([epoch["seconds_a_second"] for epoch in read_log(folder)])), "test": {}}
         cells = [folder, *(str(values.get(key)) for key in differ), f"{row['parameters'] / 1e6:.2f}", f"{row['training_speed']:.0f}"]
@@ -327,6 +333,7 @@ def compare(settings: EvalSettings) -> None:
     out = save_report(settings.out, "compare", report, page)
     if settings.plots:
         plot_curves(settings.compare, out)
+        plot_bitrate(report, out)
 
 
 # ---------------------------------------------------------------------------------------------------- what tokens carry
@@ -537,6 +544,20 @@ def plot_curves(folders: list[str], out: Path) -> None:
     axes[0, 0].set(xlabel="epoch", ylabel="dev CER %", ylim=(0, None))
     axes[0, 0].legend()
     fig.savefig(out / "learning.png", dpi=110)
+
+
+def plot_bitrate(report: list[dict], out: Path) -> None:
+    """CER against the bitrate of what a run reads."""
+    fig, axes = figure(1, 6.5, 3.2)
+    for subset in report[0]["test"]:
+        points = sorted((row["bitrate"] / 1000, 100 * row["test"][subset]["cer"], *np.array(row["test"][subset]["cer_interval"]) * 100)
+                        for row in report if row["bitrate"])
+        if points:
+            kbps, cer, low, high = np.array(points).T
+            axes[0, 0].errorbar(kbps, cer, (cer - low, high - cer), marker="o", markersize=4, capsize=3, label=subset)
+    axes[0, 0].set(xlabel="kbit/s", ylabel="CER %", ylim=(0, None))
+    axes[0, 0].legend()
+    fig.savefig(out / "bitrate.png", dpi=110)
 
 
 def plot_noise(report: dict, out: Path) -> None:
