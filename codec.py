@@ -450,7 +450,7 @@ def train(settings: CodecSettings) -> None:
     nets, mel_distance, crops = [codec], MelDistance().to(device), Crops(files, settings)
     if settings.adversarial:
         nets.append(Discriminator().to(device))
-    optimisers = [torch.optim.AdamW(net.parameters(), settings.lr, betas=(0.8, 0.99)) for net in nets]
+    optimisers = [torch.optim.AdamW(net.parameters(), settings.lr, betas=(0.8, 0.99), fused=True) for net in nets]
     start = resume(out / "codec.pt", settings, nets, optimisers)
     if rank == 0:
         print(f"codec: {settings.encoder} encoder, {settings.quantizer}, {codec.frame_rate:g} Hz, {codec.bitrate / 1000:.1f} kbit/s, "

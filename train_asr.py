@@ -245,7 +245,7 @@ def train(settings: TrainSettings) -> None:
     data, dev = TrainSet(settings, meta, text), TokenSet(settings.tokens, meta["dev"], settings.codebooks)
     frames = round(settings.batch * meta["sample_rate"] / meta["hop"])          # padded frames a batch
     model = start_model(settings, meta, len(text), data).to(device)
-    optimiser = torch.optim.AdamW(model.parameters(), settings.lr, betas=(0.9, 0.98), weight_decay=1e-2)
+    optimiser = torch.optim.AdamW(model.parameters(), settings.lr, betas=(0.9, 0.98), weight_decay=1e-2, fused=True)
     if saved["epoch"]:
         model.load_state_dict(saved["last"])
         optimiser.load_state_dict(saved["optimiser"])
