@@ -14,6 +14,7 @@ WER, CER: word and character error rate, (substitutions + deletions + insertions
 import json
 import math
 import resource
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -25,11 +26,13 @@ import soundfile as sf
 import torch
 import torchaudio
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import asr_model
 from asr_model import CodecASR
-from codec import (SAMPLE_RATE, Codec, CodecSettings, InputError, LogMel, MelDistance, option, parse, pick_device, read_audio,
-                   run, write_atomically)
+from codec import (SAMPLE_RATE, SIZES as CODEC_SIZES, Codec, CodecSettings, InputError, LogMel, MelDistance, option, parse,
+                   pick_device, read_audio, run, train_step as codec_step, write_atomically)
 from quantizers import GroupFSQ, ResidualVQ
 from tokenize_corpus import FrontEnd, Noise
 import train_asr
@@ -397,75 +400,117 @@ def race(ours, usual=None, rounds: int = 5) -> tuple[float, float]:
     return tuple(float(np.median(taken[1:])) if taken else math.nan for taken in times)
 
 
-def backward(run_model):
-    """A function that runs forward and backward."""
-    return lambda: run_model().sum().backward()
+def codec_training(wav: Tensor, **more):
+    """A codec of size small, and a function that trains it by one step on wav (B, S)."""
+    settings = CodecSettings(size="small", **more)
+    codec, distance = Codec(settings).to(wav.device), MelDistance().to(wav.device)
+    nets, optimisers = [codec], [torch.optim.AdamW(codec.parameters())]
+    return codec, lambda: codec_step(nets, optimisers, distance, wav, 0, settings)
 
 
-def train_epoch(model: CodecASR, arrays, frames: int):
-    """A function that trains on one batch; arrays() gives its input (B, T, ...). The targets are the same for all."""
-    optimiser, targets = torch.optim.AdamW(model.parameters()), torch.randint(1, 30, (8, 100))
+def asr_training(model: torch.nn.Module, arrays, frames: int, device: str):
+    """A function that trains on one batch of 8; arrays() gives its input (8, frames, ...). Targets are the same for all."""
+    optimiser = torch.optim.AdamW(model.parameters())
+    targets = torch.randint(1, 30, (8, 100), device=device)
+    lengths, target_len = torch.full((8,), frames, device=device), torch.full((8,), 100, device=device)
 
     def step() -> None:
-        log_probs, out_len = model(arrays(), torch.full((8,), frames))
-        loss = torch.nn.functional.ctc_loss(log_probs.transpose(0, 1), targets, out_len, torch.full((8,), 100))
+        with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
+            out, out_len = model.train()(arrays().to(device), lengths)
+        loss = torch.nn.functional.ctc_loss(out.float().log_softmax(-1).transpose(0, 1), targets, out_len, target_len)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
     return step
 
 
+def usual_rvq(latent: Tensor, codebooks: Tensor) -> None:
+    """Residual quantization as it is mostly written; latent (B, D, T)."""
+    residual = latent.transpose(1, 2).flatten(0, 1)
+    for codebook in codebooks:
+        residual = residual - codebook[torch.cdist(residual, codebook).argmin(1)]
+
+
+def peak_memory(device: str) -> float:
+    """GB: on a GPU since the last call, elsewhere of the whole process so far."""
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 1e9
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
 def benchmark(settings: EvalSettings) -> None:
     """What a user waits for, in seconds of audio a second, beside the same work done the usual way, in one run."""
     torch.manual_seed(settings.seed)
-    device = pick_device(settings.device)
-    wav = 0.05 * torch.randn(8, 10 * SAMPLE_RATE, device=device)               # 8 utterances of 10 s
-    rows = []
+    device, rows = pick_device(settings.device), []
+    size = "base" if device == "cuda" else "small"                              # of the recogniser
+    wav = 0.05 * torch.randn(8, 10 * SAMPLE_RATE, device=device)                # 8 utterances of 10 s
+    print(f"{torch.get_num_threads()} threads, {device}; seconds of audio a second, times as fast as the usual way, peak memory")
 
     def add(what: str, seconds: float, ours, way: str = "", usual=None) -> None:
         mine, other = race(ours, usual)
-        rows.append({"what": what, "audio_seconds_a_second": seconds / mine, "usual_way": way, "times_as_fast": other / mine})
-        print(f"{what:60s} {seconds / mine:10.0f}" + (f"   {other / mine:6.2f} x  {way}" if usual else ""), flush=True)
+        rows.append({"what": what, "audio_seconds_a_second": seconds / mine, "usual_way": way, "times_as_fast": other / mine,
+                     "peak_memory_gb": peak_memory(device)})
+        print(f"{what:52s} {seconds / mine:9.0f} {rows[-1]['peak_memory_gb']:6.1f} GB"
+              + (f" {other / mine:7.2f} x  {way}" if usual else ""), flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        names = [f"{folder}/{i}.flac" for i in range(8)]
-        for name, row in zip(names, wav.cpu()):
-            sf.write(name, row.numpy(), SAMPLE_RATE)
-        add("read 8 FLAC files of 10 s", 80, lambda: [read_audio(name) for name in names])
-        for encoder, quantizer in (("mel", "fsq"), ("mel", "rvq"), ("time", "fsq"), ("time", "rvq")):
-            codec = Codec(CodecSettings(encoder=encoder, quantizer=quantizer, size="small")).to(device).eval()
-            whole = torch.inference_mode()(lambda: codec.quantizer.encode(codec.encoder(wav)))
-            add(f"encode one utterance, {encoder} {quantizer} small", 10, lambda: codec.encode(wav[:1]))
-            add(f"encode 8 in a batch, {encoder} {quantizer} small", 80, lambda: codec.encode(wav), "the whole batch at once", whole)
-        latent = torch.randn(16, 128, 400, device=device)
-        for quantizer, part in ((ResidualVQ(), latent), (GroupFSQ(), latent[:, :32])):
-            quantizer.to(device).train()(part)
-            name = type(quantizer).__name__
-            add(f"{name}, training, latent (16, {part.shape[1]}, 400)", 160, lambda: quantizer(part))
-            add(f"{name}, tokens only", 160, lambda: quantizer.eval().encode(part))
-        distance = MelDistance().to(device)
-        add("codec training step, mel fsq small, 16 s", 16, backward(
-            lambda: distance(wav[:, :2 * SAMPLE_RATE], codec(wav[:, :2 * SAMPLE_RATE])[0])))
-        model, theirs = CodecASR(32, size="small").to(device), torchaudio.models.Conformer(144, 4, 576, 6, 15, dropout=0.1).to(device)
-        tokens, lengths = torch.randint(1000, (8, 400, 8), device=device), torch.full((8,), 400, device=device)
-        features = torch.randn(8, 400, 144, device=device)
-        add("recogniser small, forward and backward", 80, backward(lambda: model.train()(tokens, lengths)[0]),
-            "torchaudio.models.Conformer", backward(lambda: theirs.train()(features, lengths)[0]))
+        flacs, arrays = ([f"{folder}/{i}.{kind}" for i in range(8)] for kind in ("flac", "npy"))
+        for flac, array, row in zip(flacs, arrays, wav.cpu().numpy()):
+            sf.write(flac, row, SAMPLE_RATE)
+            np.save(array, np.random.randint(1000, size=(400, 8), dtype=np.int16))
+        add("read 8 FLAC files of 10 s", 80, lambda: [read_audio(name) for name in flacs],
+            "soundfile alone", lambda: [sf.read(name, dtype="float32") for name in flacs])
+        benchmark_codec(add, wav)
+        tokens = torch.randint(1000, (8, 400, 8), device=device)
+        features, lengths = torch.randn(8, 400, 80, device=device), torch.full((8,), 400, device=device)
+        model, (width, layers, heads, kernel) = CodecASR(32, size=size).to(device), asr_model.SIZES[size].values()
+        theirs = torchaudio.models.Conformer(width, heads, 4 * width, layers, kernel, dropout=0.1).to(device)
+        wide = torch.randn(8, 400, width, device=device)
+        step = asr_training(model, lambda: tokens, 400, device)
+        add(f"recogniser {size}, training step, 8 x 10 s", 80, step, "torchaudio.models.Conformer", asr_training(theirs, lambda: wide, 400, device))
+        with FlopCounterMode(display=False) as counter:
+            step()
+        print(f"  = {counter.get_total_flops() / 80 * rows[-1]['audio_seconds_a_second'] / 1e12:.2f} TFLOP/s")
         with torch.inference_mode():
-            add("recogniser small, inference", 80, lambda: model.eval()(tokens, lengths),
-                "torchaudio.models.Conformer", lambda: theirs.eval()(features, lengths))
-        if device == "cpu":
-            mel = LogMel(400, 160, 80)
-            on_the_fly = lambda: mel(torch.stack([read_audio(name) for name in names])).transpose(1, 2)    # noqa: E731
-            for sub, way in ((4, "log-mel from audio, 10 ms, 4x subsampling"), (1, "log-mel from audio, 10 ms")):
-                add("training on tokens from memory, 8 x 10 s", 80, train_epoch(model.train(), lambda: tokens, 400), way,
-                    train_epoch(CodecASR(32, 0, 0, 80, size="small", subsampling=sub).train(), on_the_fly, 1000))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(f"peak memory {peak:.1f} GB; {torch.get_num_threads()} threads on {device}")
-    page = "| what | audio seconds a second | times as fast as | |\n|---|---|---|---|\n" + "".join(
+            for count in (1, 8):
+                add(f"recogniser {size}, inference, {count} x 10 s", 10 * count, lambda: model.eval()(tokens[:count], lengths[:count]),
+                    "torchaudio.models.Conformer", lambda: theirs.eval()(wide[:count], lengths[:count]))
+        text = Text.train([{"text": "THE QUICK BROWN FOX JUMPS OVER A LAZY DOG"}], train_asr.TrainSettings(units="char"))
+        log_probs = torch.randn(8, 400, len(text), device=device)
+        add("greedy decoding, 8 x 10 s", 80, lambda: text.greedy(log_probs, lengths))
+        mel = LogMel(400, 160, 80)
+        on_the_fly = lambda: mel(torch.stack([read_audio(name) for name in flacs])).transpose(1, 2)             # noqa: E731
+        from_disk = lambda: torch.from_numpy(np.stack([np.load(name) for name in arrays]))                      # noqa: E731
+        for factor, way in ((4, "log-mel from audio, 10 ms, 4x subsampling"), (1, "log-mel from audio, 10 ms")):
+            add(f"recogniser {size}, training, tokens from disk", 80, asr_training(model, from_disk, 400, device), way,
+                asr_training(CodecASR(32, 0, 0, 80, size=size, subsampling=factor).to(device), on_the_fly, 1000, device))
+    page = "| what | audio seconds a second | times as fast as | | peak memory, GB |\n|---|---|---|---|---|\n" + "".join(
         f"| {row['what']} | {row['audio_seconds_a_second']:.0f} | " + (f"{row['times_as_fast']:.2f}" if row["usual_way"] else "") +
-        f" | {row['usual_way']} |\n" for row in rows)
+        f" | {row['usual_way']} | {row['peak_memory_gb']:.1f} |\n" for row in rows)
+    page += "\nMillions of parameters: " + ", ".join(f"{name} {sum(p.numel() for p in net.parameters()) / 1e6:.1f}" for name, net in {
+        **{f"codec {encoder} {size}": Codec(CodecSettings(encoder=encoder, size=size)) for encoder in ("mel", "time") for size in CODEC_SIZES},
+        **{f"recogniser {size}": CodecASR(32, size=size) for size in asr_model.SIZES}}.items()) + ".\n"
     save_report(settings.out, "benchmark", rows, page)
+
+
+def benchmark_codec(add, wav: Tensor) -> None:
+    """The rows of the codec; wav (8, S)."""
+    for encoder, quantizer in (("mel", "fsq"), ("mel", "rvq"), ("time", "fsq"), ("time", "rvq")):
+        codec, step = codec_training(wav[:, :2 * SAMPLE_RATE], encoder=encoder, quantizer=quantizer)
+        add(f"codec {encoder} {quantizer} small, training step, 8 x 2 s", 16, step)
+        codec.eval()
+        whole = torch.inference_mode()(lambda: codec.quantizer.encode(codec.encoder(wav)))
+        single = lambda: [codec.encode(row[None]) for row in wav]                                               # noqa: E731
+        add(f"codec {encoder} {quantizer} small, encoding, 1 x 10 s", 10, lambda: codec.encode(wav[:1]))
+        add(f"codec {encoder} {quantizer} small, encoding, 8 x 10 s", 80, lambda: codec.encode(wav), "one by one", single)
+        add(f"codec {encoder} {quantizer} small, encoding, 8 x 10 s", 80, lambda: codec.encode(wav), "all at once, not in windows", whole)
+    for quantizer in (ResidualVQ().to(wav.device), GroupFSQ().to(wav.device)):
+        latent, name = torch.randn(16, quantizer.dim, 400, device=wav.device), type(quantizer).__name__
+        add(f"{name}, training, 16 x 10 s", 160, lambda: quantizer.train()(latent))
+        usual = ("torch.cdist", lambda: usual_rvq(latent, quantizer.codebooks())) if name == "ResidualVQ" else ()
+        add(f"{name}, tokens only, 16 x 10 s", 160, torch.inference_mode()(lambda: quantizer.eval().encode(latent)), *usual)
 
 
 # ---------------------------------------------------------------------------------------------------- pictures

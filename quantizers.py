@@ -12,7 +12,7 @@ RVQ  SoundStream, arXiv 2107.03312, section III-C.    FSQ  Mentzer et al., arXiv
 Both for speech recognition: Dhawan et al., arXiv 2407.03495, section 2.
 """
 
-from math import prod
+from math import gcd, prod
 from typing import NamedTuple
 
 import torch
@@ -171,9 +171,15 @@ def nearest(frames: Tensor, codebook: Tensor) -> Tensor:
 
     |f - c|^2 = |f|^2 - 2 f.c + |c|^2, and the first term is the same for all codes: one matrix product is enough,
     where a broadcast N x K x D difference costs a hundred times more."""
-    half_norm = codebook.square().sum(1) / 2
-    return torch.cat([torch.addmm(half_norm, part, codebook.T, alpha=-1).argmin(1)
-                      for part in frames.split(2048)])          # parts that stay in the processor's cache
+    half_norm, found = codebook.square().sum(1) / 2, []
+    for part in frames.split(2048):                             # parts that stay in the processor's cache
+        distance = torch.addmm(half_norm, part, codebook.T, alpha=-1)
+        # The best block of codes, then the best code in it: argmin over all, slow on a CPU, took a third of the time.
+        blocks = distance.unflatten(1, (gcd(len(codebook), 32), -1))
+        best = blocks.amin(2).argmin(1)
+        inside = blocks[torch.arange(len(part), device=part.device), best].argmin(1)
+        found.append(best * blocks.shape[2] + inside)
+    return torch.cat(found)
 
 
 def from_rank_0(tensor: Tensor) -> None:
