@@ -197,10 +197,10 @@ class TrainSet(TokenSet):
             self.targets.append(torch.tensor([i for i in ids if i]))
         # CTC needs a frame for each unit and a blank between equal neighbours; zero_infinity would only hide the rest.
         needed = torch.tensor([len(ids) + int((ids[1:] == ids[:-1]).sum()) for ids in self.targets])
-        out_len = self.lengths
+        self.out_len = self.lengths
         for _ in range(settings.subsampling.bit_length() - 1):
-            out_len = (out_len + 1) // 2
-        fits = (out_len >= needed) & torch.tensor([len(ids) > 0 for ids in self.targets])
+            self.out_len = (self.out_len + 1) // 2
+        fits = (self.out_len >= needed) & torch.tensor([len(ids) > 0 for ids in self.targets])
         self.dropped = [row["id"] for row, ok in zip(self.rows, fits) if not ok]
         self.variants: dict[str, dict[bool, list[int]]] = {}
         for i, row in enumerate(self.rows):
@@ -330,12 +330,13 @@ def train_step(net: nn.Module, optimiser, data: TrainSet, group: Tensor, lr: flo
     mine, scale = (group[rank::world], world) if len(group) >= world else (group, 1)
     tokens, token_len = data.take(mine, device)
     targets = torch.cat([data.targets[i] for i in mine.tolist()]).to(device)
-    target_len = torch.tensor([len(data.targets[i]) for i in mine.tolist()], device=device)
+    target_len = torch.tensor([len(data.targets[i]) for i in mine.tolist()])
     with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext():
-        log_probs, out_len = net(tokens, token_len)                             # (B, T', V)
+        log_probs, _ = net(tokens, token_len)                                   # (B, T', V)
     # Nats a text unit, over the utterances of all processes; DDP will divide the gradients by their number.
     units = sum(len(data.targets[i]) for i in group.tolist())
-    loss = F.ctc_loss(log_probs.transpose(0, 1), targets, out_len, target_len, reduction="sum") / units * scale
+    # Lengths stay on the CPU: fetched from a GPU, they would make each step wait for it.
+    loss = F.ctc_loss(log_probs.transpose(0, 1), targets, data.out_len[mine], target_len, reduction="sum") / units * scale
     optimiser.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(net.parameters(), 1.0)
