@@ -75,7 +75,7 @@ class CodecSettings:
     size: str = option("tiny", "width and depth of all parts", choices=tuple(SIZES))
     adversarial: bool = option(False, "add the multi-resolution STFT discriminator: for better sound, as NVIDIA's recipe does")
     steps: int = option(500, "optimiser steps: 500 for the synthetic corpus, thousands for real speech")
-    batch: int = option(16, "crops a step, over all processes")
+    batch: int = option(8, "crops a step, over all processes")
     crop: float = option(1.0, "seconds a crop")
     lr: float = option(1e-3, "peak learning rate; the usual 1e-4 is for runs a hundred times longer")
     seed: int = option(0, "random seed of weights and data order")
