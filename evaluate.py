@@ -550,7 +550,7 @@ def plot_utterance(recogniser: Recogniser, data: TokenSet, number: int, out: Pat
     for axis, name in zip(axes[:, 0], ("wave", "mel band", "codebook" if recogniser.meta["codebooks"] else "feature", "probability")):
         axis.set_ylabel(name)
     bottom.set(xlabel="seconds", xlim=(0, seconds), ylim=(0, 1.15))
-    fig.savefig(out / "utterance.png", dpi=110)
+    fig.savefig(out / "utterance.png", dpi=80)
 
 
 def plot_codec(codec: Codec, row: dict, data: TokenSet, out: Path) -> None:
@@ -562,12 +562,13 @@ def plot_codec(codec: Codec, row: dict, data: TokenSet, out: Path) -> None:
         axis.imshow(mel(sound[:, :wav.shape[1] // 160 * 160])[0].cpu(), origin="lower", aspect="auto", vmin=-11, vmax=6,
                     extent=(0, wav.shape[1] / SAMPLE_RATE, 0, 80))
         axis.set(title=name, ylabel="mel band")
+    axes[1, 0].set(xlabel="seconds")
     for level in range(data.flat.shape[1]):
         counts = np.sort(np.bincount(data.flat[:, level].numpy(), minlength=codec.quantizer.codebook_size))[::-1]
         axes[2, 0].plot(counts / counts.sum() * len(counts), linewidth=0.8, label=f"codebook {level}")
     axes[2, 0].set(xlabel="codes, most used first", ylabel="use (1: even)", yscale="log", ylim=(1e-2, None))
     axes[2, 0].legend(fontsize=6, ncol=4)
-    fig.savefig(out / "codec.png", dpi=110)
+    fig.savefig(out / "codec.png", dpi=80)
 
 
 def plot_content(rows: list[dict], out: Path) -> None:
@@ -577,7 +578,7 @@ def plot_content(rows: list[dict], out: Path) -> None:
         axes[0, 0].bar([row["codebook"] + shift for row in rows], [100 * row[f"{name}_share"] for row in rows], 0.4, label=name)
     axes[0, 0].set(xlabel="codebook", ylabel="% of what there is to know")
     axes[0, 0].legend()
-    fig.savefig(out / "content.png", dpi=110)
+    fig.savefig(out / "content.png", dpi=80)
 
 
 def plot_curves(folders: list[str], out: Path) -> None:
@@ -588,7 +589,7 @@ def plot_curves(folders: list[str], out: Path) -> None:
         axes[0, 0].plot([row["epoch"] for row in rows], [100 * row["dev_cer"] for row in rows], marker=".", label=folder)
     axes[0, 0].set(xlabel="epoch", ylabel="dev CER %", ylim=(0, None))
     axes[0, 0].legend()
-    fig.savefig(out / "learning.png", dpi=110)
+    fig.savefig(out / "learning.png", dpi=80)
 
 
 def plot_bitrate(report: list[dict], out: Path) -> None:
@@ -602,7 +603,7 @@ def plot_bitrate(report: list[dict], out: Path) -> None:
             axes[0, 0].errorbar(kbps, cer, (cer - low, high - cer), marker="o", markersize=4, capsize=3, label=subset)
     axes[0, 0].set(xlabel="kbit/s", ylabel="CER %", ylim=(0, None))
     axes[0, 0].legend()
-    fig.savefig(out / "bitrate.png", dpi=110)
+    fig.savefig(out / "bitrate.png", dpi=80)
 
 
 def plot_noise(report: dict, out: Path) -> None:
@@ -614,7 +615,7 @@ def plot_noise(report: dict, out: Path) -> None:
     axes[0, 0].axhline(100 * next(iter(report.values()))["cer"], linestyle="--", color="0.5")
     axes[0, 0].set(xlabel="signal-to-noise ratio, dB", ylabel="CER %", ylim=(0, None))
     axes[0, 0].legend()
-    fig.savefig(out / "noise.png", dpi=110)
+    fig.savefig(out / "noise.png", dpi=80)
 
 
 def main(arguments: list[str] | None = None) -> None:
