@@ -69,7 +69,7 @@ class TrainSettings:
     lr: float = option(1e-3, "peak learning rate of AdamW")
     seed: int = option(0, "random seed of weights, data order and masks")
     device: str = option("auto", "auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"))
-    compile: bool = option(False, "torch.compile: slower to start, faster after")
+    compile: bool = option(False, "torch.compile, on a GPU: slower to start, faster after")
     out: str = option("runs/asr", "folder to write")
 
     def __post_init__(self):
@@ -233,6 +233,8 @@ def build_model(settings: dict, meta: dict, vocab_size: int) -> CodecASR:
 
 def train(settings: TrainSettings) -> None:
     device, rank, world = start_processes(settings.device)
+    if settings.compile and device.type != "cuda":
+        raise InputError("--compile: only on a GPU; on a CPU compiling takes longer than it saves")
     meta, path = read_meta(settings.tokens), Path(settings.out) / "asr.pt"
     if settings.codebooks > meta["codebooks"]:
         raise InputError(f"--codebooks {settings.codebooks}: {settings.tokens} has {meta['codebooks']}")
