@@ -335,6 +335,11 @@ class Codecs(Case):
         self.assertInputError("holds asr", Codec.load, path)
         self.save(self.codec())
         self.assertInputError("holds codec", train_asr.load_checkpoint, path)
+        settings, model = vars(self.codec().settings), self.codec().state_dict()
+        for other in ({"settings": settings | {"heads": 3}, "model": model}, {"settings": settings | {"codebooks": 5}, "model": model},
+                      {"settings": settings}, {"settings": 3, "model": model}):
+            codec_stage.save_checkpoint(path, {"kind": "codec", **other})
+            self.assertInputError("another version", Codec.load, path)
 
 
 # ---------------------------------------------------------------------------------------------------- codec.py: training
@@ -387,9 +392,29 @@ class CodecTraining(Case):
 
     def test_reconstruction_is_as_long_as_the_original(self):
         sf.write(self.folder / "in.wav", noise(12_345).numpy(), 16_000)
-        codec_stage.main(["--out", str(trained_codec().parent), "--device", "cpu", "--reconstruct",
-                          str(self.folder / "in.wav"), str(self.folder / "out.wav")])
+        reconstruct = lambda name: codec_stage.main(["--out", str(trained_codec().parent), "--device", "cpu", "--reconstruct",
+                                                     str(self.folder / "in.wav"), str(self.folder / name)])
+        reconstruct("out.wav")
         self.assertEqual(sf.info(self.folder / "out.wav").frames, 12_345)
+        self.assertInputError("ends in .wav", reconstruct, "out.xyz")
+        self.assertInputError("ends in .wav", reconstruct, "out")
+        self.assertRaisesRegex(OSError, "nowhere/out.wav", reconstruct, "nowhere/out.wav")
+
+    def test_infinite_loss_is_told_with_its_step_and_files_and_saves_nothing(self):
+        step = codec_stage.train_step
+
+        def broken(nets, optimisers, distance, wav, number, settings):
+            losses, tokens = step(nets, optimisers, distance, wav, number, settings)
+            return losses | {"mel": losses["mel"] * (math.nan if number >= 4 else 1)}, tokens
+        with mock.patch.object(codec_stage, "train_step", broken):
+            self.assertInputError("at step 5, at crops of .*flac", self.train, "run")
+        self.assertEqual(torch.load(self.folder / "run" / "codec.pt", weights_only=True)["step"], 4)
+
+    def test_numbers_out_of_range_are_told_in_one_line(self):
+        for more in ({"seed": -1}, {"batch": 0}, {"crop": math.inf}, {"lr": math.nan}, {"strides": (2, 0)}, {"codebooks": 0}):
+            self.assertInputError("--", CodecSettings, **more)
+        with mock.patch.object(codec_stage, "start_processes", lambda device: (torch.device("cpu"), 0, 4)):
+            self.assertInputError("each of the 4 processes", self.train, "run")
 
 
 # ---------------------------------------------------------------------------------------------------- codec.py: audio and corpora
@@ -423,6 +448,19 @@ class AudioFiles(Case):
         sf.write(path, np.zeros(1000), 16_000)
         path.write_bytes(path.read_bytes()[:20])        # the header breaks off
         self.assertInputError("not readable as audio", read_audio, path)
+        self.assertInputError("no such file", read_audio, self.folder)
+        sf.write(path, np.array([0.1, 3e8]), 16_000, subtype="FLOAT")
+        self.assertInputError("full scale is 1", read_audio, path)
+        sf.write(path, np.zeros(1000), 48_001)          # one byte of the header is wrong: resampling would take gigabytes
+        self.assertInputError("sample rate of 48001", read_audio, path)
+
+    def test_file_that_breaks_off_is_not_filled_up(self):
+        for ending in ("mp3", "flac"):
+            path = self.folder / f"a.{ending}"
+            sf.write(path, noise(80_000).numpy(), 16_000)
+            self.assertEqual(len(read_audio(path)), 80_000)
+            path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+            self.assertInputError("breaks off|not readable", read_audio, path)
 
 
 class Synthetic(Case):
@@ -635,6 +673,16 @@ class Tokens(Case):
         for path in kept:
             self.assertEqual(path.stat().st_mtime_ns, arrays[path][1])
 
+    def test_damaged_array_is_removed_and_made_anew(self):
+        tokenize(self.folder)
+        for damage in (lambda data: data[:-1], lambda data: b"", lambda data: b"words" + data[5:], lambda data: data.replace(b"<i2", b"<f2")):
+            path = self.folder / rows(self.folder)[0]["array"]
+            sound = path.read_bytes()
+            path.write_bytes(damage(sound))
+            tokenize(self.folder)
+            self.assertEqual(path.read_bytes(), sound)
+            self.assertIn(f"{path} was damaged", self.output.getvalue())
+
     def test_number_of_workers_changes_nothing(self):
         noisy = ("--noise", "white", "babble", "--copies", "2", "--speeds", "0.9")
         folders = [tokenize(self.folder / n, *noisy, "--workers", n) for n in "012"]
@@ -662,7 +710,11 @@ class Tokens(Case):
         self.assertInputError("give another --out", tokenize, self.folder, "--codec", other)
         self.assertInputError("give another --out", tokenize, self.folder, "--features", "mel")
         tokenize(self.folder / "noisy", "--features", "mel", "--noise", "white")
-        self.assertInputError("give another --out", tokenize, self.folder / "noisy", "--features", "mel", "--noise", "pink")
+        for more in (("--noise", "pink"), ("--noise", "white", "--seed", "1"), ()):
+            self.assertInputError("give another --out", tokenize, self.folder / "noisy", "--features", "mel", *more)
+        for text in ("{", "[]", "{}"):
+            (self.folder / "meta.json").write_text(text)
+            self.assertInputError("give another --out", tokenize, self.folder)
 
     def test_float_features_lie_in_the_same_layout(self):
         for features, hop, dim in (("mel", 400, 80), ("mel", 160, 80), ("latent", 400, 16)):
@@ -892,6 +944,33 @@ class Training(Case):
         self.assertInputError("run tokenize_corpus.py first", self.train, tokens=str(self.folder / "nowhere"))
         self.assertInputError("--codebooks 3", self.train, codebooks=3)
 
+    def test_damaged_tokens_are_told_in_one_line(self):
+        folder = self.folder / "tokens"
+        good = np.zeros((27, 2), np.int16)              # NINE MEN: as many frames as its row says
+        cases = [("meta.json", text) for text in (b"{", b"[]", b'{"hop": 400}', b"\xff")]
+        cases += [("train.jsonl", text) for text in (b"", b"{\n", b"[]\n", b'{"id": "train-0"}\n', b"\xff\n")]
+        cases += [("dev.jsonl", b""), ("codebooks.npy", b"words"), ("train/train-0.npy", b""), ("train/train-0.npy", b"PK\3\4")]
+        for array in (good[:-1], good[:, :1], good.astype(np.int64), good + np.int16(64), good - np.int16(1), good[:0]):
+            np.save(buffer := io.BytesIO(), array)
+            cases += [("train/train-0.npy", buffer.getvalue())]
+        for name, data in cases:
+            token_folder(folder)
+            (folder / name).write_bytes(data)
+            self.assertInputError(f"{name}: .*run tokenize_corpus.py", self.train)
+        self.assertFalse((self.folder / "asr").exists())
+
+    def test_infinite_loss_is_told_with_its_step_and_utterances(self):
+        token_folder(self.folder / "tokens")
+        self.train(epochs=1, lr=1e-3)
+        step, before = train_asr.train_step, (self.folder / "asr" / "asr.pt").read_bytes()
+
+        def broken(*things):
+            return step(*things) * (math.nan if things[3].tolist() == [3] else 1)
+        with mock.patch.object(train_asr, "train_step", broken):
+            self.assertInputError("at step ., at utterances train-3", self.train, batch=1.0, out=str(self.folder / "new"))
+        self.assertFalse((self.folder / "new").exists())
+        self.assertEqual((self.folder / "asr" / "asr.pt").read_bytes(), before)
+
     def test_unknown_characters_become_no_blanks(self):
         token_folder(self.folder / "tokens", ["NINE ÖMEN"])
         data, text = self.data(), self.text()           # of TEXTS: it has never seen an Ö
@@ -980,6 +1059,11 @@ class Training(Case):
         token_folder(self.folder / "tokens")
         self.train(epochs=1)
         self.assertInputError("holds asr", Codec.load, self.folder / "asr" / "asr.pt")
+        saved = torch.load(self.folder / "asr" / "asr.pt", weights_only=True)
+        for other in (saved | {"settings": saved["settings"] | {"heads": 4}}, saved | {"meta": {}}, saved | {"text": torch.zeros(9)},
+                      {name: saved[name] for name in ("kind", "format", "settings", "meta", "text")}):
+            torch.save(other, self.folder / "asr" / "asr.pt")
+            self.assertInputError("another version", self.train)
         (self.folder / "asr" / "asr.pt").write_bytes(trained_codec().read_bytes())
         self.assertInputError("holds codec", self.train)
 

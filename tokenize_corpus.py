@@ -314,8 +314,7 @@ def batches(utterances: list[Utterance], seconds: float) -> list[list[int]]:
 def encode_subset(front_end: FrontEnd, utterances: list[Utterance], noise: Noise | None, folder: Path, workers: int) -> list[str]:
     """Write folder/<id>.npy for every utterance that has none yet -> lines on those that could not be read."""
     folder.mkdir(parents=True, exist_ok=True)
-    done = {entry.name for entry in os.scandir(folder)}
-    todo = [item for item in utterances if f"{item.id}.npy" not in done]
+    todo = [item for item in utterances if not frames_in(folder / f"{item.id}.npy", front_end.meta)]
     loader = DataLoader(Audio(todo, noise), batch_sampler=batches(todo, 20 if front_end.device == "cpu" else 600),
                         num_workers=workers if todo else 0, collate_fn=list)
     skipped, writes = [], []
@@ -326,9 +325,28 @@ def encode_subset(front_end: FrontEnd, utterances: list[Utterance], noise: Noise
             for (index, _), array in zip(good, front_end([wav for _, wav in good]) if good else ()):
                 writes.append(writer.submit(save_array, folder / f"{todo[index].id}.npy", array))
             bar.update(len(batch))
+            while writes and writes[0].done():
+                writes.pop(0).result()                  # a full disk is told here
         for write in writes:
-            write.result()                              # a full disk is told here
+            write.result()
     return skipped
+
+
+def frames_in(path: Path, meta: dict) -> int:
+    """Length of an array on disk; 0 when there is none. A damaged one is removed, and so made anew."""
+    if not path.exists():
+        return 0
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)                # its header fits the size of the file
+        if array.dtype != ("int16" if meta["codebooks"] else "float16") or array.shape[1:] != (meta["codebooks"] or meta["dim"],):
+            raise ValueError(f"it holds {array.dtype} {array.shape}")
+        return len(array)
+    except OSError:                                     # of the disk: the file may be sound
+        raise
+    except Exception as error:                          # numpy raises many types for a damaged file
+        print(f"{path} was damaged and is removed ({error!r})")
+        path.unlink()
+        return 0
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
@@ -337,18 +355,18 @@ def save_array(path: Path, array: np.ndarray) -> None:
     write_atomically(path, buffer.getbuffer())
 
 
-def write_rows(path: Path, utterances: list[Utterance], folder: Path) -> int:
-    """<subset>.jsonl: a row for every utterance whose array was written -> how many."""
+def write_rows(path: Path, utterances: list[Utterance], folder: Path, meta: dict) -> list[dict]:
+    """<subset>.jsonl: a row for every utterance whose array was written."""
     rows = []
     for item in utterances:
         array = folder / f"{item.id}.npy"
-        if array.exists():
-            frames = np.load(array, mmap_mode="r", allow_pickle=False).shape[0]
-            row = {"id": item.id, "text": item.text, "lang": item.lang, "duration": round(item.duration, 3), "frames": frames,
+        if frames := frames_in(array, meta):
+            seconds = min(item.duration, frames * meta["hop"] / meta["sample_rate"])    # a file's header may promise more
+            row = {"id": item.id, "text": item.text, "lang": item.lang, "duration": round(seconds, 3), "frames": frames,
                    "audio": str(item.audio.resolve()), "array": f"{folder.name}/{array.name}"}
             rows.append(row | ({"copy_of": item.copy_of, "noisy": item.noisy} if item.copy_of else {}))
     write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-    return len(rows)
+    return rows
 
 
 def tokenize(settings: TokenSettings) -> None:
@@ -357,7 +375,7 @@ def tokenize(settings: TokenSettings) -> None:
     folder, train, dev, test = corpus_subsets(settings.corpus, settings.train, settings.dev, settings.test)
     front_end = FrontEnd(settings.features, settings.codec, settings.hop, str(device), settings.kbps)
     meta = front_end.meta | {"train": train, "dev": dev, "test": test, "speeds": settings.speeds,
-                              "noise": settings.noise, "snr": settings.snr}
+                              "noise": settings.noise, "snr": settings.snr, "seed": settings.seed}
     check_same_codec(out / "meta.json", meta)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -373,7 +391,7 @@ def tokenize(settings: TokenSettings) -> None:
         unread = encode_subset(front_end, utterances[rank::world], noise, out / subset, settings.workers)
         skipped += gather(unread, world)                # also waits for the other processes
         if rank == 0:
-            finish_subset(out, subset, utterances, skipped)
+            finish_subset(out, subset, utterances, skipped, meta)
     if rank == 0:
         print(f"wrote {out}; next: python train_asr.py --tokens {out}")
 
@@ -387,24 +405,28 @@ def gather(lines: list[str], world: int) -> list[str]:
     return [line for lines in everyone for line in lines]
 
 
-def finish_subset(out: Path, subset: str, utterances: list[Utterance], skipped: list[str]) -> None:
+def finish_subset(out: Path, subset: str, utterances: list[Utterance], skipped: list[str], meta: dict) -> None:
     """Write <subset>.jsonl and <subset>.skipped.txt and say what is in them."""
-    count = write_rows(out / f"{subset}.jsonl", utterances, out / subset)
+    rows = write_rows(out / f"{subset}.jsonl", utterances, out / subset, meta)
     write_atomically(out / f"{subset}.skipped.txt", "".join(f"{line}\n" for line in skipped).encode())
-    print(f"{subset}: {count} utterances, {sum(item.duration for item in utterances) / 3600:.2f} hours")
+    print(f"{subset}: {len(rows)} utterances, {sum(row['duration'] for row in rows) / 3600:.2f} hours")
     if skipped:
         print(f"  {len(skipped)} skipped, listed in {out / subset}.skipped.txt; the first: {skipped[0]}")
-    if not count:
+    if not rows:
         raise InputError(f"{subset}: nothing that can be used; see {out / subset}.skipped.txt")
 
 
 def check_same_codec(path: Path, meta: dict) -> None:
     """Tokens of two codecs, or copies in two kinds of noise, must not be mixed in one folder."""
     if path.exists():
-        before = json.loads(path.read_text())
-        for name in ("features", "codec", "hop", *(("noise", "snr") if before["noise"] else ())):
-            if before[name] != json.loads(json.dumps(meta[name])):
-                raise InputError(f"{path.parent} holds {before['features']} with {name} {before[name]}, now {meta[name]}: "
+        try:
+            before = dict(json.loads(path.read_text("utf-8")))
+        except (ValueError, TypeError):
+            raise InputError(f"{path}: damaged, nothing tells which codec made the arrays beside it: "
+                             f"give another --out, or delete {path.parent}") from None
+        for name in ("features", "codec", "hop", *(("noise", "snr", "seed") if before.get("noise") else ())):
+            if before.get(name) != json.loads(json.dumps(meta[name])):
+                raise InputError(f"{path.parent} holds {before.get('features')} with {name} {before.get(name)}, now {meta[name]}: "
                                  f"give another --out, or delete it")
 
 
