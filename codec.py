@@ -695,7 +695,14 @@ def fetch_librispeech(folder: Path, subset: str) -> None:
         except tarfile.TarError as error:
             raise InputError(f"{archive}: refused to unpack it: {error}") from None
     else:
-        torchaudio.datasets.LIBRISPEECH(partial, subset, download=True)
+        shutil.rmtree(partial / "LibriSpeech", ignore_errors=True)              # of a killed run: torchaudio would take it as whole
+        for left in partial.glob("*.partial"):
+            left.unlink()
+        try:
+            torchaudio.datasets.LIBRISPEECH(partial, subset, download=True)
+        except (OSError, RuntimeError, ValueError, EOFError, tarfile.TarError) as error:
+            raise InputError(f"{subset}: no such subset of LibriSpeech, or it cannot be fetched ({error}); run again, or fetch it by "
+                             f"hand to {folder / subset}") from None
     folder.mkdir(parents=True, exist_ok=True)
     os.replace(partial / "LibriSpeech" / subset, folder / subset)
     shutil.rmtree(partial)

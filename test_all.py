@@ -111,7 +111,7 @@ def tokenize(out: Path, *more, corpus: Path | None = None) -> Path:
 
 
 def rows(folder: Path, subset: str = "train") -> list[dict]:
-    return [json.loads(line) for line in (folder / f"{subset}.jsonl").read_text("utf-8").splitlines()]
+    return [json.loads(line) for line in (folder / f"{subset}.jsonl").open(encoding="utf-8")]
 
 
 # ---------------------------------------------------------------------------------------------------- quantizers.py
@@ -566,6 +566,22 @@ class Downloads(Case):
             self.assertFalse((self.folder / "outside").exists())
             self.assertFalse(self.target.exists())      # nor is half a subset left where the next run would take it as whole
 
+    def test_half_unpacked_subset_of_a_killed_run_is_unpacked_anew(self):
+        half = self.target.parent / "partial-dev-clean" / "LibriSpeech" / "dev-clean"
+        half.mkdir(parents=True)
+        (half / "half.flac").write_text("")
+
+        def librispeech(root, subset, download):        # as torchaudio does it: a folder that is there counts as whole
+            if subset != "dev-clean":
+                raise ValueError("Invalid url")
+            if not half.is_dir():
+                half.mkdir(parents=True)
+                (half / "whole.flac").write_text("")
+        with mock.patch.object(codec_stage.torchaudio.datasets, "LIBRISPEECH", librispeech):
+            codec_stage.fetch_librispeech(self.target, "dev-clean")
+            self.assertInputError("no such subset", codec_stage.fetch_librispeech, self.target, "dev-cleen")
+        self.assertEqual([path.name for path in self.target.rglob("*.flac")], ["whole.flac"])
+
     def test_no_network_is_told_in_one_line(self):
         self.enterContext(mock.patch.object(codec_stage, "MINI", "http://127.0.0.1:1/"))
         self.assertInputError("no network", self.fetch)
@@ -606,6 +622,40 @@ class MessyCorpora(Case):
         self.assertEqual(texts, {"7-1-0": "WITH A MARK", "7-1-1": "BY TABS AND SPACES", "7-1-3": "SAID ONCE"})
         for name in ("7-1-2", "7-1-3", "7-1-4", "7-1-5", "7-1-6", "7-1-9"):
             self.assertEqual(sum(name in line for line in skipped.splitlines()), 1, f"{name} in\n{skipped}")
+
+    def test_files_of_one_name_in_several_folders_are_paired_with_their_own_transcript(self):
+        for path in ("7/1/a.wav", "7/2/a.wav", "7/2/b.wav", "7/2/b.flac", "8/1/c.wav"):
+            self.audio(f"train/{path}")
+        for chapter, line in ((1, "b FROM ELSEWHERE\nc ELSEWHERE BUT ALONE"), (2, "a SECOND")):
+            (self.corpus / f"train/7/{chapter}/7-{chapter}.trans.txt").write_text(line)
+        texts, skipped = self.tokenize()
+        self.assertEqual(texts, {"a": "SECOND", "c": "ELSEWHERE BUT ALONE"})
+        self.assertTrue(rows(self.out)[1]["audio"].endswith("7/2/a.wav"))
+        for what, times in (("7/1/a.wav: no transcript", 1), ("b may be", 1), ("7/2/b", 3), ("a.wav", 1)):
+            self.assertEqual(sum(what in line for line in skipped.splitlines()), times, f"{what} in\n{skipped}")
+
+    def test_odd_names_and_letters_are_used_or_named(self):
+        long = "/".join(["x" * 60] * 5)
+        for name in ("good.wav", f"{long}.wav", "$.wav"):
+            self.audio(name)
+        (self.corpus / "folder.wav").mkdir()
+        os.mkfifo(self.corpus / "pipe.wav")             # reading it would wait for ever
+        lines = [{"audio_filepath": "good.wav", "text": "ONE\u2028LINE\0", "lang": "e\u2028n"}, {"audio_filepath": f"{long}.wav", "text": "LONG"},
+                 {"audio_filepath": "$.wav", "text": "DOLLAR"}, {"audio_filepath": "./good.wav", "text": "HALF \ud83d"},
+                 {"audio_filepath": "pipe.wav", "text": "PIPE"}, {"audio_filepath": "folder.wav", "text": "FOLDER"},
+                 {"audio_filepath": "nul\0.wav", "text": "NUL"}, {"audio_filepath": "y" * 5000, "text": "TOO LONG"},
+                 {"audio_filepath": "caf\udce9.wav", "text": "LATIN"}, {"audio_filepath": "good.wav", "text": ["NO", "TEXT"]}]
+        (self.corpus / "train.jsonl").write_text("\n".join([*(json.dumps(line) for line in lines), "[" * 100_000]))
+        texts, skipped = self.tokenize()
+        self.assertEqual(sorted(texts.values()), ["DOLLAR", "LONG", "ONE LINE\0"])
+        self.assertEqual(len(skipped.splitlines()), 8)
+        (self.corpus / "train.jsonl").write_text(json.dumps(lines[0], ensure_ascii=False))
+        self.assertEqual(len(read_subset(self.corpus, "train")[0]), 1)          # a line ends where JSON says, not at any sign that Unicode calls one
+
+    def test_subsets_cannot_lead_out_of_the_output(self):
+        self.audio("train/1-1-0.wav")
+        for name in ("../corpus", str(self.corpus / "train"), ".."):
+            self.assertInputError("not the name of a subset", tokenize, self.out, "--features", "mel", "--train", name, corpus=self.corpus)
 
     def test_messy_manifest(self):
         for name in ("a/one.wav", "b/one.wav", "../beside/two.wav", "three.wav", "four.wav"):
@@ -716,6 +766,9 @@ class Tokens(Case):
             (self.folder / "meta.json").write_text(text)
             self.assertInputError("give another --out", tokenize, self.folder)
 
+    def test_copies_that_would_share_a_name_are_told_in_one_line(self):
+        self.assertInputError("stand for two things", tokenize, self.folder, "--features", "mel", "--speeds", "0.9", "0.9")
+
     def test_float_features_lie_in_the_same_layout(self):
         for features, hop, dim in (("mel", 400, 80), ("mel", 160, 80), ("latent", 400, 16)):
             out = tokenize(self.folder / f"{features}{hop}", "--features", features, "--hop", hop)
@@ -756,6 +809,13 @@ class Noises(Case):
                 self.noise("babble")(noise(1000), files[0].stem)
         self.assertEqual(len(heard), 30)
         self.assertNotIn(files[0].stem.split("-")[0], {path.stem.split("-")[0] for path in heard})
+
+    def test_noise_that_cannot_be_read_is_replaced_by_other(self):
+        (self.folder / "bad.wav").write_text("no audio")
+        self.assertInputError("no noise can be read: .*bad.wav", self.noise(str(self.folder)), noise(1000), "1-1-0")
+        sf.write(self.folder / "good.wav", noise(500).numpy(), 16_000)
+        for name in "abcdef":
+            self.assertTrue(self.noise(str(self.folder))(noise(1000), name).isfinite().all())
 
     def test_unknown_kind_is_told_in_one_line(self):
         self.assertInputError("not white, pink or babble", self.noise, "brown")

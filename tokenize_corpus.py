@@ -14,10 +14,12 @@ Legend: B utterances, S samples, T token frames, Q codebooks, K codes, D feature
 Dhawan et al., arXiv 2407.03495, section 3: the recogniser never sees audio, only these files.
 """
 
+import hashlib
 import io
 import json
 import os
 import re
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,33 +91,43 @@ def read_subset(folder: Path, subset: str) -> tuple[list[Utterance], list[str]]:
     kept: dict[str, Utterance] = {}
     for name, text, lang, audio in found:
         text = " ".join(text.replace("\ufeff", "").split())
+        if not name or len(name.encode(errors="replace")) > 200:                 # with its endings it must fit a file name, 255 bytes
+            name = name[:40] + hashlib.sha256(name.encode(errors="replace")).hexdigest()[:16]
         try:
+            f"{text}{lang}{audio}".encode()             # half characters of broken JSON, names of files in old encodings
             if not text:
                 raise InputError(f"{audio}: its transcript is empty")
             if name in kept:
                 raise InputError(f"{audio}: id {name} was seen before ({kept[name].audio})")
+            if not os.path.isfile(audio):
+                raise InputError(f"{audio}: no such file")
             info = sf.info(audio)
             kept[name] = Utterance(name, text, lang, audio, info.frames / info.samplerate)
         except InputError as error:
             skipped.append(str(error))
+        except UnicodeEncodeError:
+            skipped.append(f"{str(audio)!a}: its name, transcript or language is not valid Unicode")
         except (sf.LibsndfileError, OSError, RuntimeError, ZeroDivisionError) as error:
-            skipped.append(f"{audio}: " + ("no such file" if not audio.exists() else
-                                           f"not readable as audio ({str(error).splitlines()[0]})"))
+            skipped.append(f"{audio}: not readable as audio ({str(error).splitlines()[0]})")
     return list(kept.values()), skipped
 
 
 def read_librispeech(folder: Path, subset: str) -> tuple[list[tuple], list[str]]:
     """speaker/chapter/*.trans.txt, whose lines are an id and its words; audio files lie beside it."""
-    audio, found, skipped = {path.stem: path for path in find_audio(folder, subset)}, [], []
+    audio, found, skipped = {}, [], []
+    for path in find_audio(folder, subset):
+        audio.setdefault(path.stem, []).append(path)
     for path in sorted((folder / subset).rglob("*.trans.txt")):
-        for line in path.read_text("utf-8-sig", errors="replace").splitlines():
+        for line in path.read_text("utf-8-sig", errors="replace").split("\n"):
             name, _, text = line.strip().replace("\t", " ").partition(" ")
-            if name in audio:
-                found.append((name, text, "", audio[name]))
+            files = audio.get(name, [])
+            files = [file for file in files if file.parent == path.parent] or files
+            if len(files) == 1:
+                found.append((name, text, "", files[0]))
             elif name:
-                skipped.append(f"{path}: {name} has no audio file")
-    with_text = {row[0] for row in found}
-    skipped += [f"{path}: no transcript names it" for name, path in audio.items() if name not in with_text]
+                skipped.append(f"{path}: {name} " + (f"may be {files[0]} or {files[1]}" if files else "has no audio file"))
+    with_text = {row[3] for row in found}
+    skipped += [f"{path}: no transcript names it" for files in audio.values() for path in files if path not in with_text]
     return found, skipped
 
 
@@ -126,7 +138,10 @@ def read_rows(manifest: Path) -> tuple[list[tuple], list[str]]:
     for row in rows:
         # The id becomes a file name: whatever the path held, it cannot lead out of --out.
         name = re.sub(r"[^\w-]+", "-", str(Path(row["audio_filepath"]).with_suffix(""))).strip("-")
-        found.append((name, str(row.get("text") or ""), str(row.get("lang") or ""), manifest.parent / row["audio_filepath"]))
+        if isinstance(row.get("text") or "", str):
+            found.append((name, row.get("text") or "", str(row.get("lang") or ""), manifest.parent / row["audio_filepath"]))
+        else:
+            skipped.append(f"{manifest}: the text of {row['audio_filepath']} is none")
     return found, skipped
 
 
@@ -136,7 +151,7 @@ def read_ml_superb(folder: Path, subset: str) -> tuple[list[tuple], list[str]]:
     The subsets of ML-SUPERB (arXiv 2305.10615) are called 10min_train, 1h_train, 10min_dev and so on."""
     found, skipped = [], []
     for path in sorted(folder.glob(f"*/*/transcript_{subset}.txt")):
-        for line in path.read_text("utf-8-sig", errors="replace").splitlines():
+        for line in path.read_text("utf-8-sig", errors="replace").split("\n"):
             parts = line.split(maxsplit=2)
             if len(parts) == 3 and Path(parts[0]).name == parts[0]:
                 found.append((parts[0], parts[2], path.parent.name, path.parent / "wav" / f"{parts[0]}.wav"))
@@ -176,14 +191,20 @@ class Noise:
             return np.fft.irfft(spectrum / np.sqrt(np.maximum(np.arange(len(spectrum)), 1)), length)
         if kind == "babble":                            # six other voices; LibriSpeech ids begin with the speaker
             others = [path for path in self.speakers if path.stem.split("-")[0] != name.split("-")[0]] or self.speakers
-            return sum(self.stretch(others[i], length, rng) for i in rng.choice(len(others), 6))
+            return sum(self.stretch(others, i, length, rng) for i in rng.choice(len(others), 6))
         files = self.files[kind]
-        return self.stretch(files[rng.integers(len(files))], length, rng)
+        return self.stretch(files, rng.integers(len(files)), length, rng)
 
     @staticmethod
-    def stretch(path: Path, length: int, rng: np.random.Generator) -> np.ndarray:
-        """A random stretch of a file, repeated where it is too short; its level set to 1."""
-        wav = read_audio(path).numpy()
+    def stretch(files: list[Path], number: int, length: int, rng: np.random.Generator) -> np.ndarray:
+        """A random stretch of a file, or of the next that can be read, repeated where it is too short; its level set to 1."""
+        for attempt in range(len(files)):
+            try:
+                wav = read_audio(files[(number + attempt) % len(files)]).numpy()
+                break
+            except InputError as error:
+                if attempt == len(files) - 1:
+                    raise InputError(f"no noise can be read: {error}") from None
         wav = np.roll(wav, rng.integers(len(wav)))
         return np.resize(wav, length) / max(1e-5, float(np.sqrt(np.mean(wav ** 2))))
 
@@ -296,6 +317,9 @@ def with_copies(utterances: list[Utterance], settings: TokenSettings) -> list[Ut
                        for item in utterances]
     for copy in range(settings.copies if settings.noise else 0):
         everything += [item._replace(id=f"{item.id}-noise{copy}", copy_of=item.id, noisy=True) for item in utterances]
+    twice = [name for name, count in Counter(item.id for item in everything).items() if count > 1]
+    if twice:
+        raise InputError(f"--speeds, --noise: {twice[0]} would stand for two things; give each speed once, or rename the original")
     return everything
 
 
@@ -383,6 +407,8 @@ def tokenize(settings: TokenSettings) -> None:
         if front_end.codebooks is not None:
             save_array(out / "codebooks.npy", front_end.codebooks.cpu().numpy())
     for subset in dict.fromkeys((*train, *dev, *test)):
+        if Path(subset).name != subset or subset == "..":                       # or it would lead out of --out
+            raise InputError(f"{subset}: not the name of a subset of {folder}; give its folder as --corpus")
         utterances, skipped = read_subset(folder, subset)
         noise = None
         if subset in train:
