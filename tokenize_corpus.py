@@ -385,7 +385,8 @@ def write_rows(path: Path, utterances: list[Utterance], folder: Path, meta: dict
     for item in utterances:
         array = folder / f"{item.id}.npy"
         if frames := frames_in(array, meta):
-            seconds = min(item.duration, frames * meta["hop"] / meta["sample_rate"])    # a file's header may promise more
+            frame = meta["hop"] / meta["sample_rate"]
+            seconds = min(max(item.duration, (frames - 1) * frame), frames * frame)     # a file's header may be wrong
             row = {"id": item.id, "text": item.text, "lang": item.lang, "duration": round(seconds, 3), "frames": frames,
                    "audio": str(item.audio.resolve()), "array": f"{folder.name}/{array.name}"}
             rows.append(row | ({"copy_of": item.copy_of, "noisy": item.noisy} if item.copy_of else {}))
