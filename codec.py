@@ -476,6 +476,8 @@ def train(settings: CodecSettings) -> None:
             print(f"skipped: {why}")
         for name, count in crops.odd.items():
             print(f"odd: {count} of {len(files)} files are {name}")
+        if len(files) < 10:
+            print(f"odd: so few files to train on ({len(files)}) that the codec will hardly fit other voices")
         print(f"wrote {out / 'codec.pt'}; next: python tokenize_corpus.py --codec {out / 'codec.pt'}")
 
 
@@ -553,6 +555,7 @@ def report(codec: Codec, files: list[Path], out: Path) -> None:
         except InputError as error:
             print(f"skipped: {error}")
             continue
+        wav = F.pad(wav, (0, max(0, 512 - wav.shape[1])))                       # the longest hop of the mel distance
         tokens.append(codec.encode(wav)[0])
         made = codec.decode(tokens[-1])[:, :wav.shape[1]]
         rows.append((mel_distance(wav, made).item(), si_sdr(made, wav).item()))
@@ -565,9 +568,9 @@ def report(codec: Codec, files: list[Path], out: Path) -> None:
     print(f"dev ({len(rows)} files): mel distance {mel:.3f} | SI-SDR {sdr:.1f} dB | {codec.bitrate / 1000:.2f} kbit/s")
     for level in range(codec.quantizer.num_codebooks):
         print(f"  codebook {level}: {100 * usage[level]:.0f} % of {size} codes in use, perplexity {perplexity[level]:.0f}")
-    if perplexity.min() < 0.02 * size:
-        print("  a codebook has collapsed: a few codes stand for nearly everything. Is the audio silent, or all alike? "
-              "Otherwise try more --steps, a lower --lr, or --quantizer fsq, which cannot collapse.")
+    if perplexity.min() < min(0.02 * size, 0.1 * tokens.shape[2]):              # few frames cannot use many codes
+        print("  a codebook has collapsed: a few codes stand for nearly everything. Is the audio silent, or all alike? Otherwise try "
+              "more --steps or a lower --lr" + (", or --quantizer fsq." if codec.settings.quantizer == "rvq" else "."))
     result = {"files": len(rows), "mel_distance": mel, "si_sdr": sdr, "bitrate": codec.bitrate, "frame_rate": codec.frame_rate,
               "usage": usage.tolist(), "perplexity": perplexity.tolist(), "fingerprint": codec.fingerprint}
     write_atomically(out / "report.json", json.dumps(result, indent=1).encode())
@@ -905,7 +908,8 @@ def make_synthetic(root: Path, seed: int = 0, sizes={"train": 600, "dev": 60, "t
             wav, alignment = speak(words, make_voice(seed, speaker), rng)
             chapter, name = part / f"{100 + speaker}" / "1", f"{100 + speaker}-1"
             chapter.mkdir(parents=True, exist_ok=True)
-            sf.write(chapter / f"{name}-{number:04d}.flac", wav, SAMPLE_RATE, subtype="PCM_16")
+            sf.write(buffer := io.BytesIO(), wav, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+            write_atomically(chapter / f"{name}-{number:04d}.flac", buffer.getbuffer())  # tells of a full disk; soundfile does not
             with open(chapter / f"{name}.trans.txt", "a") as text, open(chapter / f"{name}.phones.txt", "a") as phones:
                 print(f"{name}-{number:04d}", *words, file=text)
                 print(f"{name}-{number:04d}", *(f"{phone}:{end}" for phone, end in alignment), file=phones)

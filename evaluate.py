@@ -361,8 +361,10 @@ def content(settings: EvalSettings) -> None:
         path = Path(row["audio"]).parent / f"{row['id'].rpartition('-')[0]}.phones.txt"
         if not path.is_file():
             raise InputError(f"{path}: no alignment; --content needs tokens of the synthetic corpus, without copies")
-        items = next(line.split()[1:] for line in path.read_text().splitlines() if line.startswith(row["id"] + " "))
-        names, ends = zip(*(item.split(":") for item in items))
+        items = [item.split(":") for line in path.read_text().splitlines() if line.startswith(row["id"] + " ") for item in line.split()[1:]]
+        if not items or any(len(item) != 2 or not item[1].isdigit() for item in items):
+            raise InputError(f"{path}: has no alignment of {row['id']}, or a damaged one; delete the corpus to make it anew")
+        names, ends = zip(*items)
         middle = (np.arange(frames) + 0.5) * meta["hop"]        # the sample in the middle of each token frame
         phones += [names[i] for i in np.searchsorted(np.array(ends, int), middle, side="right").clip(max=len(names) - 1)]
         voices += [speaker] * frames

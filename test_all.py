@@ -410,6 +410,28 @@ class CodecTraining(Case):
             self.assertInputError("at step 5, at crops of .*flac", self.train, "run")
         self.assertEqual(torch.load(self.folder / "run" / "codec.pt", weights_only=True)["step"], 4)
 
+    def test_silent_and_tiny_audio_ends_without_nan_and_is_told(self):
+        for subset, wav in (("train", np.zeros(8000)), ("dev", np.zeros(1))):   # shorter than the windows of the loss
+            (self.folder / subset).mkdir()
+            sf.write(self.folder / subset / "a.wav", wav, 16_000)
+        for quantizer in ("rvq", "fsq"):
+            codec_stage.main(["--corpus", str(self.folder), "--quantizer", quantizer, "--codebooks", "2", "--steps", "2", "--batch", "2",
+                              "--crop", "0.5", "--device", "cpu", "--out", str(self.folder / quantizer)])
+            report = json.loads((self.folder / quantizer / "report.json").read_text())
+            self.assertTrue(math.isfinite(report["mel_distance"] + report["si_sdr"]))
+        for what in ("1 of 1 files are silent", r"so few files to train on \(1\)"):
+            self.assertRegex(self.output.getvalue(), what)
+
+    def test_full_disk_keeps_the_last_checkpoint_and_names_the_file(self):
+        self.train("run", stop_after=None)
+        before = (self.folder / "run" / "codec.pt").read_bytes()
+        with mock.patch.object(codec_stage.os, "replace", side_effect=OSError(28, "No space left on device")):
+            for stage in (codec_stage, train_asr):
+                with self.assertRaisesRegex(OSError, "No space left on device: '.*/run/codec.pt'"):
+                    stage.write_atomically(self.folder / "run" / "codec.pt", b"half")
+        self.assertEqual((self.folder / "run" / "codec.pt").read_bytes(), before)
+        self.assertEqual({path.name for path in (self.folder / "run").iterdir()}, {"codec.pt", "log.jsonl", "report.json"})
+
     def test_numbers_out_of_range_are_told_in_one_line(self):
         for more in ({"seed": -1}, {"batch": 0}, {"crop": math.inf}, {"lr": math.nan}, {"strides": (2, 0)}, {"codebooks": 0}):
             self.assertInputError("--", CodecSettings, **more)

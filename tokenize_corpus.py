@@ -225,6 +225,8 @@ class Encodec:
                 model = EncodecModel.encodec_model_24khz()
             except OSError as error:
                 raise InputError(f"--codec encodec: its weights cannot be downloaded ({error})") from None
+        if kbps not in (1.5, 3, 6):
+            raise InputError(f"--kbps {kbps:g}: give 1.5, 3 or 6")
         model.set_target_bandwidth(kbps)
         self.model, self.sample_rate = model.to(device).eval(), model.sample_rate
         self.num_codebooks = model.quantizer.get_num_quantizers_for_bandwidth(model.frame_rate, kbps)
@@ -343,7 +345,7 @@ def encode_subset(front_end: FrontEnd, utterances: list[Utterance], noise: Noise
                         num_workers=workers if todo else 0, collate_fn=list)
     skipped, writes = [], []
     with ThreadPoolExecutor(1) as writer, tqdm(total=len(todo), desc=folder.name, disable=not todo) as bar:
-        for batch in loader:
+        for batch in told(loader):
             skipped += [wav for _, wav in batch if isinstance(wav, str)]
             good = [(index, wav) for index, wav in batch if not isinstance(wav, str)]
             for (index, _), array in zip(good, front_end([wav for _, wav in good]) if good else ()):
@@ -354,6 +356,17 @@ def encode_subset(front_end: FrontEnd, utterances: list[Utterance], noise: Noise
         for write in writes:
             write.result()
     return skipped
+
+
+def told(loader: DataLoader):
+    """The batches of a loader; the death of one of its processes is told in one line."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError("a process that reads audio died, maybe for want of (shared) memory; try --workers 0. "
+                         "What was finished is kept, the same command continues") from None
 
 
 def frames_in(path: Path, meta: dict) -> int:
