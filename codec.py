@@ -27,6 +27,7 @@ import sys
 import tarfile
 import urllib.error
 import urllib.request
+import zipfile
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -94,6 +95,8 @@ class CodecSettings:
         for name in ("codebooks", "steps", "batch", "crop", "lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"--{name} {getattr(self, name)}: must be above 0")
+        if self.encoder == "time" and self.strides[0] > 8:
+            raise InputError(f"--strides {self.strides[0]} ...: the first convolution of --encoder time spans 8 samples; begin with at most 8")
         if self.seed < 0 or self.crop > 100:
             raise InputError("--seed must be at least 0, --crop at most 100 seconds")
 
@@ -388,7 +391,7 @@ class Crops:
 
     def __init__(self, files: list[Path], settings: CodecSettings):
         self.files, self.seed, self.batch = files, settings.seed, settings.batch
-        self.length = max(1, round(settings.crop * SAMPLE_RATE / settings.hop)) * settings.hop
+        self.length = max(2, round(settings.crop * SAMPLE_RATE / settings.hop)) * settings.hop
         self.cache, self.room = {}, 2 << 30             # decoded audio as int16, up to 2 GiB
         self.unreadable: dict[Path, str] = {}
         self.odd = Counter()                            # what is strange about how many files
@@ -945,6 +948,8 @@ def load_checkpoint(path: str | Path, kind: str, device: str = "cpu") -> dict:
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
         found = saved["kind"], saved["format"]
+        if zipfile.ZipFile(path).testzip():             # torch itself compares no checksums
+            raise ValueError
     except Exception:                                   # torch raises many types for a damaged file
         raise InputError(f"{path}: not a checkpoint of this project, or damaged; delete it to train anew") from None
     if found != (kind, FORMAT):

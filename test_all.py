@@ -329,7 +329,10 @@ class Codecs(Case):
         path.write_bytes(b"no checkpoint")
         self.assertInputError("damaged", Codec.load, path)
         self.save(self.codec())
-        path.write_bytes(path.read_bytes()[:5000])
+        sound = path.read_bytes()
+        path.write_bytes(sound[:5000])
+        self.assertInputError("damaged", Codec.load, path)
+        path.write_bytes(sound[:9 * len(sound) // 10] + b"words" + sound[9 * len(sound) // 10 + 5:])      # a few weights are others
         self.assertInputError("damaged", Codec.load, path)
         codec_stage.save_checkpoint(path, {"kind": "asr"})
         self.assertInputError("holds asr", Codec.load, path)
@@ -433,7 +436,8 @@ class CodecTraining(Case):
         self.assertEqual({path.name for path in (self.folder / "run").iterdir()}, {"codec.pt", "log.jsonl", "report.json"})
 
     def test_numbers_out_of_range_are_told_in_one_line(self):
-        for more in ({"seed": -1}, {"batch": 0}, {"crop": math.inf}, {"lr": math.nan}, {"strides": (2, 0)}, {"codebooks": 0}):
+        for more in ({"seed": -1}, {"batch": 0}, {"crop": math.inf}, {"lr": math.nan}, {"strides": (2, 0)}, {"codebooks": 0},
+                     {"encoder": "time", "strides": (400,)}):
             self.assertInputError("--", CodecSettings, **more)
         with mock.patch.object(codec_stage, "start_processes", lambda device: (torch.device("cpu"), 0, 4)):
             self.assertInputError("each of the 4 processes", self.train, "run")
@@ -839,8 +843,10 @@ class Noises(Case):
         for name in "abcdef":
             self.assertTrue(self.noise(str(self.folder))(noise(1000), name).isfinite().all())
 
-    def test_unknown_kind_is_told_in_one_line(self):
+    def test_unknown_kind_and_impossible_ratio_are_told_in_one_line(self):
         self.assertInputError("not white, pink or babble", self.noise, "brown")
+        for snr in ((0, math.nan), (-1e9, 0), (5, 4)):
+            self.assertInputError("--snr", self.noise, "white", snr)
 
 
 # ---------------------------------------------------------------------------------------------------- asr_model.py
@@ -1019,6 +1025,11 @@ class Training(Case):
         self.assertInputError("long enough", self.data, subsampling=2)
         self.train(epochs=1)
         self.assertRegex(self.output.getvalue(), "train-1, train-2")
+
+    def test_utterance_too_long_for_memory_is_dropped_and_named(self):
+        token_folder(self.folder / "tokens", ["NINE MEN", "TEN " * 1000])       # 0.7 s, 300 s
+        self.train(epochs=1)
+        self.assertRegex(self.output.getvalue(), "1 utterances longer than 60 s.*train-1")
 
     def test_nothing_to_train_on_is_told_in_one_line(self):
         token_folder(self.folder / "tokens", frames_a_letter=1)

@@ -168,6 +168,8 @@ class Noise:
     def __init__(self, kinds: tuple, snr: tuple, speakers: list[Path], seed: int):
         """speakers: files that babble is made of."""
         self.kinds, self.snr, self.seed, self.speakers = kinds, snr, seed, speakers
+        if not -100 <= snr[0] <= snr[1] <= 1000:
+            raise InputError(f"--snr {snr[0]:g} {snr[1]:g}: give numbers of dB, LOW HIGH, between -100 and 1000")
         self.files = {kind: sorted(path for path in Path(kind).rglob("*") if path.suffix.lower() in AUDIO_ENDINGS)
                       for kind in kinds if kind not in ("white", "pink", "babble")}
         for kind, files in self.files.items():

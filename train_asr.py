@@ -19,6 +19,7 @@ import math
 import os
 import sys
 import time
+import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -97,7 +98,7 @@ class Text:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=iter(row["text"] for row in rows), model_writer=model, model_type=settings.units,
                 vocab_size=settings.vocab_size if settings.units != "char" else 8000, hard_vocab_limit=False,
-                character_coverage=1.0, normalization_rule_name="identity", minloglevel=2,
+                character_coverage=1.0, max_sentence_length=1 << 24, normalization_rule_name="identity", minloglevel=2,
                 unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1,
                 user_defined_symbols=sorted({f"<{row['lang']}>" for row in rows}) if settings.lang_token else [])
         except RuntimeError as error:
@@ -245,12 +246,17 @@ class TrainSet(TokenSet):
             out_len = (out_len + 1) // 2
         fits = (out_len >= needed) & torch.tensor([len(ids) > 0 for ids in self.targets])
         self.dropped = [row["id"] for row, ok in zip(self.rows, fits) if not ok]
+        # The memory of attention grows with the square of the length: an hour would take hundreds of gigabytes.
+        self.limit = max(settings.batch, 60.0)
+        short = self.lengths * meta["hop"] / meta["sample_rate"] <= self.limit
+        self.long, fits = [row["id"] for row, ok, good in zip(self.rows, short, fits) if good and not ok], fits & short
         self.variants: dict[str, dict[bool, list[int]]] = {}
         for i, row in enumerate(self.rows):
             if fits[i]:
                 self.variants.setdefault(row.get("copy_of") or row["id"], {False: [], True: []})[row.get("noisy", False)].append(i)
         if not self.variants:
-            raise InputError(f"{settings.tokens}: no training utterance is long enough for its transcript at this frame rate")
+            raise InputError(f"{settings.tokens}: no training utterance is long enough for its transcript at this frame rate"
+                             + (f", and short enough for memory ({self.limit:g} s)" if self.long else ""))
 
     def epoch(self, number: int, frames: int, strength: float) -> list[Tensor]:
         generator = torch.Generator().manual_seed(self.settings.seed * 10_000 + number)
@@ -352,6 +358,8 @@ def announce(settings: TrainSettings, model: CodecASR, text: Text, data: TrainSe
           f"{len(data.variants)} utterances, {len(data.rows)} with copies; on {device}")
     if data.dropped:
         print(f"dropped {len(data.dropped)} utterances too short for their transcripts at this frame rate: {', '.join(data.dropped[:5])}")
+    if data.long:
+        print(f"dropped {len(data.long)} utterances longer than {data.limit:g} s; cut them, or raise --batch: {', '.join(data.long[:5])}")
     if data.unknown:
         print(f"{data.unknown} characters of the transcripts are not among the text units, and were dropped")
     if done:
@@ -447,6 +455,8 @@ def load_checkpoint(path: str | Path, device: str = "cpu") -> dict:
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
         found = saved["kind"], saved["format"]
+        if zipfile.ZipFile(path).testzip():             # torch itself compares no checksums
+            raise ValueError
     except Exception:                                   # torch raises many types for a damaged file
         raise InputError(f"{path}: not a checkpoint of this project, or damaged; delete it to train anew") from None
     if found != ("asr", FORMAT):
