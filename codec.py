@@ -27,9 +27,11 @@ import sys
 import tarfile
 import urllib.error
 import urllib.request
+import zipfile
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache, partial
 from pathlib import Path
@@ -91,8 +93,12 @@ class CodecSettings:
         if self.hop % 2 or min(self.strides) < 1:
             raise InputError(f"--strides {' '.join(map(str, self.strides))}: their product, samples a frame, must be even")
         for name in ("codebooks", "steps", "batch", "crop", "lr"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"--{name} {getattr(self, name)}: must be above 0")
+        if self.encoder == "time" and self.strides[0] > 8:
+            raise InputError(f"--strides {self.strides[0]} ...: the first convolution of --encoder time spans 8 samples; begin with at most 8")
+        if self.seed < 0 or self.crop > 100:
+            raise InputError("--seed must be at least 0, --crop at most 100 seconds")
 
 
 # ---------------------------------------------------------------------------------------------------- the models
@@ -310,9 +316,9 @@ class Codec(nn.Module):
     def load(cls, path: str | Path, device: str = "cpu") -> "Codec":
         """Raises InputError when the file is missing, damaged, or no codec."""
         saved = load_checkpoint(path, "codec", device)
-        settings = CodecSettings(**saved["settings"])
-        codec = cls(settings)
-        codec.load_state_dict(saved["model"])
+        with fitting(path):
+            codec = cls(CodecSettings(**saved["settings"]))
+            codec.load_state_dict(saved["model"])
         return codec.to(device).eval()
 
 
@@ -394,7 +400,7 @@ class Crops:
 
     def __init__(self, files: list[Path], settings: CodecSettings):
         self.files, self.seed, self.batch = files, settings.seed, settings.batch
-        self.length = max(1, round(settings.crop * SAMPLE_RATE / settings.hop)) * settings.hop
+        self.length = max(2, round(settings.crop * SAMPLE_RATE / settings.hop)) * settings.hop
         self.cache, self.room = {}, 2 << 30             # decoded audio as int16, up to 2 GiB
         self.unreadable: dict[Path, str] = {}
         self.odd = Counter()                            # what is strange about how many files
@@ -413,6 +419,10 @@ class Crops:
                 return wav
             self.cache[path], self.room = wav, self.room - wav.nbytes
         return self.cache.get(path)
+
+    def files_of(self, step: int) -> list[Path]:
+        numbers = range(step * self.batch, (step + 1) * self.batch)
+        return [self.files[self.order(n // len(self.files))[n % len(self.files)]] for n in numbers]
 
     @lru_cache(2)
     def order(self, epoch: int) -> np.ndarray:
@@ -443,6 +453,8 @@ def train(settings: CodecSettings) -> None:
     files = [path for subset in train_subsets for path in find_audio(folder, subset)]
     if not files:
         raise InputError(f"{folder}: no audio in {', '.join(train_subsets)}")
+    if settings.batch < world:
+        raise InputError(f"--batch {settings.batch}: each of the {world} processes needs at least one crop")
     if not settings.dev:                                # a plain folder of audio need not have a dev subset
         dev_subsets = [name for name in dev_subsets if (folder / name).is_dir() or (folder / f"{name}.jsonl").is_file()]
     dev_files = [path for subset in dev_subsets for path in find_audio(folder, subset)][:100]
@@ -451,7 +463,7 @@ def train(settings: CodecSettings) -> None:
     if settings.adversarial:
         nets.append(Discriminator().to(device))
     optimisers = [torch.optim.AdamW(net.parameters(), settings.lr, betas=(0.8, 0.99), fused=True) for net in nets]
-    start = resume(out / "codec.pt", settings, nets, optimisers)
+    start, log = resume(out / "codec.pt", settings, nets, optimisers)
     if rank == 0:
         print(f"codec: {settings.encoder} encoder, {settings.quantizer}, {codec.frame_rate:g} Hz, {codec.bitrate / 1000:.1f} kbit/s, "
               f"{sum(p.numel() for p in codec.parameters()) / 1e6:.1f} M parameters; {len(files)} files on {device}")
@@ -467,7 +479,8 @@ def train(settings: CodecSettings) -> None:
             torch.manual_seed((settings.seed * 1_000_000 + step) * world + rank)    # a resumed run draws the same
             recent.append(train_step(nets, optimisers, mel_distance, wav, step, settings))
             if (step + 1) % CHECK_EVERY == 0 or step + 1 == settings.steps:
-                log_and_save(recent, step + 1, settings, nets, optimisers, bar, rank)
+                check_finite(recent, step + 1, crops)
+                log_and_save(recent, step + 1, settings, nets, optimisers, log, bar, rank)
                 recent.clear()
     if rank == 0:
         report(codec, dev_files, out)
@@ -475,6 +488,8 @@ def train(settings: CodecSettings) -> None:
             print(f"skipped: {why}")
         for name, count in crops.odd.items():
             print(f"odd: {count} of {len(files)} files are {name}")
+        if len(files) < 10:
+            print(f"odd: so few files to train on ({len(files)}) that the codec will hardly fit other voices")
         print(f"wrote {out / 'codec.pt'}; next: python tokenize_corpus.py --codec {out / 'codec.pt'}")
 
 
@@ -512,12 +527,16 @@ def average(value: Tensor) -> float:
     return value.item()
 
 
-def log_and_save(recent, step: int, settings, nets, optimisers, bar, rank: int) -> None:
-    losses = {name: average(torch.stack([row[name] for row, _ in recent]).mean()) for name in recent[0][0]}
-    bad = [name for name, value in losses.items() if not math.isfinite(value)]
-    if bad:
-        raise InputError(f"the loss ({', '.join(bad)}) became infinite between steps {step - len(recent)} and {step}; "
+def check_finite(recent, step: int, crops: Crops) -> None:
+    good = torch.stack([sum(losses.values()) for losses, _ in recent]).isfinite().tolist()
+    if False in good:
+        first = step - len(recent) + good.index(False)
+        raise InputError(f"the loss became infinite at step {first + 1}, at crops of {', '.join(map(str, crops.files_of(first)[:8]))}; "
                          f"the last good checkpoint is kept: try a lower --lr or look for odd audio")
+
+
+def log_and_save(recent, step: int, settings, nets, optimisers, log: list, bar, rank: int) -> None:
+    losses = {name: average(torch.stack([row[name] for row, _ in recent]).mean()) for name in recent[0][0]}
     if rank:
         return
     codec = getattr(nets[0], "module", nets[0])
@@ -529,11 +548,11 @@ def log_and_save(recent, step: int, settings, nets, optimisers, bar, rank: int) 
               + f" | {bar.format_dict['rate'] or 0:.1f} steps/s")
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "log.jsonl", "a") as log:
-        log.write(json.dumps({"step": step, **losses, "usage": usage.tolist(), "perplexity": perplexity.tolist()}) + "\n")
+    log.append({"step": step, **losses, "usage": usage.tolist(), "perplexity": perplexity.tolist()})
     save_checkpoint(out / "codec.pt", {"kind": "codec", "settings": asdict(settings), "step": step, "model": codec.state_dict(),
                                        "discriminator": nets[1].state_dict() if len(nets) > 1 else {},
-                                       "optimisers": [optimiser.state_dict() for optimiser in optimisers]})
+                                       "optimisers": [optimiser.state_dict() for optimiser in optimisers], "log": log})
+    write_atomically(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log).encode())
 
 
 @torch.inference_mode()
@@ -548,6 +567,7 @@ def report(codec: Codec, files: list[Path], out: Path) -> None:
         except InputError as error:
             print(f"skipped: {error}")
             continue
+        wav = F.pad(wav, (0, max(0, 512 - wav.shape[1])))                       # the longest hop of the mel distance
         tokens.append(codec.encode(wav)[0])
         made = codec.decode(tokens[-1])[:, :wav.shape[1]]
         rows.append((mel_distance(wav, made).item(), si_sdr(made, wav).item()))
@@ -560,9 +580,9 @@ def report(codec: Codec, files: list[Path], out: Path) -> None:
     print(f"dev ({len(rows)} files): mel distance {mel:.3f} | SI-SDR {sdr:.1f} dB | {codec.bitrate / 1000:.2f} kbit/s")
     for level in range(codec.quantizer.num_codebooks):
         print(f"  codebook {level}: {100 * usage[level]:.0f} % of {size} codes in use, perplexity {perplexity[level]:.0f}")
-    if perplexity.min() < 0.02 * size:
-        print("  a codebook has collapsed: a few codes stand for nearly everything. Is the audio silent, or all alike? "
-              "Otherwise try more --steps, a lower --lr, or --quantizer fsq, which cannot collapse.")
+    if perplexity.min() < min(0.02 * size, 0.1 * tokens.shape[2]):              # few frames cannot use many codes
+        print("  a codebook has collapsed: a few codes stand for nearly everything. Is the audio silent, or all alike? Otherwise try "
+              "more --steps or a lower --lr" + (", or --quantizer fsq." if codec.settings.quantizer == "rvq" else "."))
     result = {"files": len(rows), "mel_distance": mel, "si_sdr": sdr, "bitrate": codec.bitrate, "frame_rate": codec.frame_rate,
               "usage": usage.tolist(), "perplexity": perplexity.tolist(), "fingerprint": codec.fingerprint}
     write_atomically(out / "report.json", json.dumps(result, indent=1).encode())
@@ -575,11 +595,12 @@ def reconstruct(settings: CodecSettings) -> None:
     codec = Codec.load(Path(settings.out) / "codec.pt", pick_device(settings.device))
     wav = read_audio(source)
     tokens, _ = codec.encode(wav[None].to(next(codec.parameters()).device))
-    made = codec.decode(tokens)[0, :len(wav)].cpu().clamp(-1, 1)
+    made, buffer = codec.decode(tokens)[0, :len(wav)].cpu().clamp(-1, 1), io.BytesIO()
     try:
-        sf.write(target, made.numpy(), SAMPLE_RATE)
+        sf.write(buffer, made.numpy(), SAMPLE_RATE, format=Path(target).suffix[1:])
     except (sf.LibsndfileError, TypeError, ValueError) as error:
-        raise InputError(f"{target}: cannot be written ({error}); try a name that ends in .wav or .flac") from None
+        raise InputError(f"{target}: not a kind of audio that can be written ({error}); try a name that ends in .wav or .flac") from None
+    write_atomically(Path(target), buffer.getbuffer())
     print(f"{source}: {len(wav) / SAMPLE_RATE:.1f} s -> {tokens.numel()} tokens, {codec.bitrate / 1000:.1f} kbit/s -> {target}")
 
 
@@ -598,11 +619,15 @@ MINI_MD5 = {"train-clean-5": "5df7d4e78065366204ca6845bb08f490", "dev-clean-2": 
 def read_audio(path: str | Path, sample_rate: int = SAMPLE_RATE) -> Tensor:
     """Any file that soundfile reads -> wav (S,) float32 in [-1, 1], channels averaged, resampled.
 
-    Raises InputError when the file cannot be read, holds no samples, or holds values that are not numbers."""
+    Raises InputError when the file cannot be read, breaks off, or holds no samples or such as cannot be sound."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file")
     try:
         with sf.SoundFile(path) as file:
-            rate = file.samplerate
-            blocks = [block.mean(1) for block in file.blocks(1 << 20, dtype="float32", always_2d=True)]
+            rate, promised, blocks = file.samplerate, file.frames, []
+            # Not file.blocks(): where a file breaks off, it fills up with whatever was in memory.
+            while len(block := file.read(1 << 20, dtype="float32", always_2d=True)):
+                blocks.append(block.mean(1))
     except (sf.LibsndfileError, OSError, RuntimeError) as error:
         raise InputError(f"{path}: not readable as audio ({str(error).splitlines()[0]})") from None
     wav = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
@@ -610,6 +635,13 @@ def read_audio(path: str | Path, sample_rate: int = SAMPLE_RATE) -> Tensor:
         raise InputError(f"{path}: holds no samples")
     if not np.isfinite(wav).all():
         raise InputError(f"{path}: holds samples that are not numbers (NaN or infinity)")
+    if np.abs(wav).max() > 100:
+        raise InputError(f"{path}: holds samples up to {np.abs(wav).max():.0g}; full scale is 1: damaged, or to be scaled first")
+    if len(wav) < 0.9 * promised:                       # the header of an MP3 may be a little off
+        raise InputError(f"{path}: breaks off after {len(wav)} of {promised} samples")
+    common = math.gcd(rate, sample_rate)
+    if not 1000 <= rate <= 1_000_000 or rate * sample_rate > 2e7 * common ** 2:     # resampling would take gigabytes
+        raise InputError(f"{path}: a sample rate of {rate} Hz is that of a damaged file")
     wav = torch.from_numpy(wav)
     return wav if rate == sample_rate else torchaudio.functional.resample(wav, rate, sample_rate)
 
@@ -651,14 +683,14 @@ def find_audio(folder: Path, subset: str) -> list[Path]:
 def read_manifest(path: Path) -> tuple[list[dict], list[str]]:
     """JSON lines with at least audio_filepath, relative to the manifest -> rows, and a line on each that is none."""
     rows, skipped = [], []
-    for number, line in enumerate(path.read_text("utf-8-sig", errors="replace").splitlines(), 1):
+    for number, line in enumerate(path.read_text("utf-8-sig", errors="replace").split("\n"), 1):
         try:
             if line.strip():
                 row = json.loads(line)
                 if not Path(row["audio_filepath"]).name:
                     raise ValueError("empty path")
                 rows.append(row)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             skipped.append(f"{path}: line {number} is not a row with audio_filepath ({error!r})")
     return rows, skipped
 
@@ -678,7 +710,14 @@ def fetch_librispeech(folder: Path, subset: str) -> None:
         except tarfile.TarError as error:
             raise InputError(f"{archive}: refused to unpack it: {error}") from None
     else:
-        torchaudio.datasets.LIBRISPEECH(partial, subset, download=True)
+        shutil.rmtree(partial / "LibriSpeech", ignore_errors=True)              # of a killed run: torchaudio would take it as whole
+        for left in partial.glob("*.partial"):
+            left.unlink()
+        try:
+            torchaudio.datasets.LIBRISPEECH(partial, subset, download=True)
+        except (OSError, RuntimeError, ValueError, EOFError, tarfile.TarError) as error:
+            raise InputError(f"{subset}: no such subset of LibriSpeech, or it cannot be fetched ({error}); run again, or fetch it by "
+                             f"hand to {folder / subset}") from None
     folder.mkdir(parents=True, exist_ok=True)
     os.replace(partial / "LibriSpeech" / subset, folder / subset)
     shutil.rmtree(partial)
@@ -881,7 +920,8 @@ def make_synthetic(root: Path, seed: int = 0, sizes={"train": 600, "dev": 60, "t
             wav, alignment = speak(words, make_voice(seed, speaker), rng)
             chapter, name = part / f"{100 + speaker}" / "1", f"{100 + speaker}-1"
             chapter.mkdir(parents=True, exist_ok=True)
-            sf.write(chapter / f"{name}-{number:04d}.flac", wav, SAMPLE_RATE, subtype="PCM_16")
+            sf.write(buffer := io.BytesIO(), wav, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+            write_atomically(chapter / f"{name}-{number:04d}.flac", buffer.getbuffer())  # tells of a full disk; soundfile does not
             with open(chapter / f"{name}.trans.txt", "a") as text, open(chapter / f"{name}.phones.txt", "a") as phones:
                 print(f"{name}-{number:04d}", *words, file=text)
                 print(f"{name}-{number:04d}", *(f"{phone}:{end}" for phone, end in alignment), file=phones)
@@ -895,12 +935,13 @@ FORMAT = 1              # of checkpoints; raised when their contents change
 
 def write_atomically(path: Path, data: bytes) -> None:
     """A reader finds the old file or the new one, never a half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.part")    # always the same: what a killed run left is written over
     try:
         temporary.write_bytes(data)
         os.replace(temporary, path)
-    finally:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None         # a full disk does not say which file
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
@@ -916,28 +957,43 @@ def load_checkpoint(path: str | Path, kind: str, device: str = "cpu") -> dict:
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
         found = saved["kind"], saved["format"]
+        if zipfile.ZipFile(path).testzip():             # torch itself compares no checksums
+            raise ValueError
     except Exception:                                   # torch raises many types for a damaged file
         raise InputError(f"{path}: not a checkpoint of this project, or damaged; delete it to train anew") from None
     if found != (kind, FORMAT):
-        raise InputError(f"{path}: holds {found[0]} (format {found[1]}), expected {kind} (format {FORMAT})")
+        raise InputError(f"{path}: holds {found[0]} (format {found[1]}), expected {kind} (format {FORMAT}); give another path, or train it anew")
     return saved
 
 
-def resume(path: Path, settings: CodecSettings, nets: list[nn.Module], optimisers: list) -> int:
-    """Load an earlier checkpoint where there is one -> the step to start at."""
+@contextmanager
+def fitting(path: str | Path):
+    """Around what is done with the parts of a checkpoint: those of another version are told in one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: was written by another version of this script ({type(error).__name__}: "
+                         f"{' '.join(str(error).split())[-200:]}); use that version, or train it anew") from None
+
+
+def resume(path: Path, settings: CodecSettings, nets: list[nn.Module], optimisers: list) -> tuple[int, list]:
+    """Load an earlier checkpoint where there is one -> the step to start at, the log so far."""
     if not path.exists():
-        return 0
+        return 0, []
     saved = load_checkpoint(path, "codec")
     free = {"device", "out", "reconstruct"}             # may differ between a run and its continuation
-    for name, value in asdict(settings).items():
-        before = saved["settings"].get(name)
-        if name not in free and (tuple(before) if isinstance(before, list) else before) != value:
-            raise InputError(f"{path} was trained with --{name} {before}, now {value}: give another --out, or delete the file")
-    for net, state in zip(nets, (saved["model"], saved["discriminator"])):
-        net.load_state_dict(state)
-    for optimiser, state in zip(optimisers, saved["optimisers"]):
-        optimiser.load_state_dict(state)
-    return saved["step"]
+    with fitting(path):
+        before = asdict(CodecSettings(**saved["settings"]))
+        for name, value in asdict(settings).items():
+            if name not in free and before[name] != value:
+                raise InputError(f"{path} was trained with --{name} {before[name]}, now {value}: give another --out, or delete the file")
+        for net, state in zip(nets, (saved["model"], saved["discriminator"])):
+            net.load_state_dict(state)
+        for optimiser, state in zip(optimisers, saved["optimisers"]):
+            optimiser.load_state_dict(state)
+        return int(saved["step"]), saved.get("log", [])
 
 
 def pick_device(name: str) -> str:
@@ -981,6 +1037,8 @@ def parse(settings: type, description: str, arguments: list[str] | None = None):
 
 def run(main, *errors: type) -> None:
     """Call main; bad input (InputError and errors), Ctrl-C and a full disk end in one line instead of a traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")   # names and transcripts in letters that the terminal lacks
+    sys.stderr.reconfigure(errors="backslashreplace")
     try:
         main()
     except (InputError, *errors) as error:
@@ -990,7 +1048,11 @@ def run(main, *errors: type) -> None:
         print("\nstopped; the same command continues at the last checkpoint", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        print(f"error: {error.filename or ''}: {error.strerror or error}; what was finished before is kept", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}; what was finished before is kept, the same command continues", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, torch.OutOfMemoryError):
+        print("error: out of memory; try a smaller --batch or --size, or --device cpu", file=sys.stderr)
         sys.exit(2)
 
 

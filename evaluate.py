@@ -36,7 +36,7 @@ from codec import (SAMPLE_RATE, SIZES as CODEC_SIZES, Codec, CodecSettings, Inpu
 from quantizers import GroupFSQ, ResidualVQ
 from tokenize_corpus import FrontEnd, Noise
 import train_asr
-from train_asr import Text, TokenSet, build_model, load_checkpoint
+from train_asr import Text, TokenSet, build_model, check_same_tokens, fitting, load_checkpoint
 
 
 @dataclass
@@ -58,6 +58,10 @@ class EvalSettings:
     device: str = option("auto", "auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"))
     out: str = option("runs/eval", "folder to write")
 
+    def __post_init__(self):
+        if self.seed < 0 or self.beam < 0:
+            raise InputError("--seed and --beam must be at least 0")
+
 
 # ---------------------------------------------------------------------------------------------------- recognising
 
@@ -67,9 +71,10 @@ class Recogniser:
     def __init__(self, path: str | Path, device: str = "cpu", beam: int = 0, lm: str = ""):
         saved = load_checkpoint(path, device)
         self.path, self.device, self.settings, self.meta = Path(path), torch.device(device), saved["settings"], saved["meta"]
-        self.text = Text(bytes(saved["text"].tolist()))
-        self.model = build_model(self.settings, self.meta, len(self.text)).to(device).eval()
-        self.model.load_state_dict(saved["model"])
+        self.text = Text(saved["text"])
+        with fitting(path):
+            self.model = build_model(self.settings, self.meta, len(self.text)).to(device).eval()
+            self.model.load_state_dict(saved["model"])
         self.search = beam_search(self.text, beam, lm) if beam else self.text.greedy
 
     @property
@@ -81,7 +86,7 @@ class Recogniser:
     def front_end(self, codec: str) -> FrontEnd:
         """What made its training tokens; InputError when the codec at hand is another one."""
         front_end = FrontEnd(self.meta["features"], codec or self.meta["codec_path"], self.meta["hop"], str(self.device),
-                             self.meta["kbps"])
+                             self.meta.get("kbps", 6.0))
         if front_end.meta["codec"] != self.meta["codec"]:
             raise InputError(f"{self.path} was trained on tokens of codec {self.meta['codec']}, "
                              f"{front_end.meta['codec_path']} is codec {front_end.meta['codec']}: give its own with --codec")
@@ -247,8 +252,7 @@ def evaluate(settings: EvalSettings) -> None:
     recogniser = Recogniser(settings.asr, pick_device(settings.device), settings.beam, settings.lm)
     tokens, meta = settings.tokens or recogniser.settings["tokens"], recogniser.meta
     found = train_asr.read_meta(tokens)
-    if found["codec"] != meta["codec"]:
-        raise InputError(f"{settings.asr} was trained on tokens of codec {meta['codec']}, {tokens} holds those of {found['codec']}")
+    check_same_tokens(settings.asr, meta, tokens, found)
     report, page, details = {"asr": settings.asr, "beam": settings.beam, "test": {}}, HEADER, ""
     for subset in settings.test or found["test"]:
         data = TokenSet(tokens, [subset], recogniser.settings["codebooks"])
@@ -301,9 +305,13 @@ def degrade(recogniser: Recogniser, data: TokenSet, kind: str, snr: float, setti
 
 
 def read_log(folder: str | Path) -> list[dict]:
-    """A training run's log.jsonl: a row an epoch; of an epoch done twice, the later."""
-    rows = (json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines())
-    return list({row["epoch"]: row for row in rows}.values())
+    """A training run's log.jsonl: a row an epoch."""
+    path = Path(folder) / "log.jsonl"
+    try:
+        return [train_asr.parse_json(line, {"epoch": int, "dev_cer": float, "seconds_a_second": float})
+                for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: missing or damaged ({error}); train_asr.py writes it anew after each epoch") from None
 
 
 def compare(settings: EvalSettings) -> None:
@@ -321,6 +329,7 @@ def compare(settings: EvalSettings) -> None:
                "training_speed": float(np.median([epoch["seconds_a_second"] for epoch in read_log(folder)])), "test": {}}
         cells = [folder, *(str(values.get(key)) for key in differ), f"{row['parameters'] / 1e6:.2f}", f"{row['training_speed']:.0f}"]
         for subset in subsets:
+            check_same_tokens(folder, recogniser.meta, recogniser.settings["tokens"], train_asr.read_meta(recogniser.settings["tokens"]))
             data = TokenSet(recogniser.settings["tokens"], [subset], recogniser.settings["codebooks"])
             score, summary = judge(recogniser, data, settings.seed)
             base = first.setdefault(subset, score)
@@ -362,8 +371,10 @@ def content(settings: EvalSettings) -> None:
         path = Path(row["audio"]).parent / f"{row['id'].rpartition('-')[0]}.phones.txt"
         if not path.is_file():
             raise InputError(f"{path}: no alignment; --content needs tokens of the synthetic corpus, without copies")
-        items = next(line.split()[1:] for line in path.read_text().splitlines() if line.startswith(row["id"] + " "))
-        names, ends = zip(*(item.split(":") for item in items))
+        items = [item.split(":") for line in path.read_text().splitlines() if line.startswith(row["id"] + " ") for item in line.split()[1:]]
+        if not items or any(len(item) != 2 or not item[1].isdigit() for item in items):
+            raise InputError(f"{path}: has no alignment of {row['id']}, or a damaged one; delete the corpus to make it anew")
+        names, ends = zip(*items)
         middle = (np.arange(frames) + 0.5) * meta["hop"]        # the sample in the middle of each token frame
         phones += [names[i] for i in np.searchsorted(np.array(ends, int), middle, side="right").clip(max=len(names) - 1)]
         voices += [speaker] * frames

@@ -111,7 +111,7 @@ def tokenize(out: Path, *more, corpus: Path | None = None) -> Path:
 
 
 def rows(folder: Path, subset: str = "train") -> list[dict]:
-    return [json.loads(line) for line in (folder / f"{subset}.jsonl").read_text("utf-8").splitlines()]
+    return [json.loads(line) for line in (folder / f"{subset}.jsonl").open(encoding="utf-8")]
 
 
 # ---------------------------------------------------------------------------------------------------- quantizers.py
@@ -329,12 +329,20 @@ class Codecs(Case):
         path.write_bytes(b"no checkpoint")
         self.assertInputError("damaged", Codec.load, path)
         self.save(self.codec())
-        path.write_bytes(path.read_bytes()[:5000])
+        sound = path.read_bytes()
+        path.write_bytes(sound[:5000])
+        self.assertInputError("damaged", Codec.load, path)
+        path.write_bytes(sound[:9 * len(sound) // 10] + b"words" + sound[9 * len(sound) // 10 + 5:])      # a few weights are others
         self.assertInputError("damaged", Codec.load, path)
         codec_stage.save_checkpoint(path, {"kind": "asr"})
         self.assertInputError("holds asr", Codec.load, path)
         self.save(self.codec())
         self.assertInputError("holds codec", train_asr.load_checkpoint, path)
+        settings, model = vars(self.codec().settings), self.codec().state_dict()
+        for other in ({"settings": settings | {"heads": 3}, "model": model}, {"settings": settings | {"codebooks": 5}, "model": model},
+                      {"settings": settings}, {"settings": 3, "model": model}):
+            codec_stage.save_checkpoint(path, {"kind": "codec", **other})
+            self.assertInputError("another version", Codec.load, path)
 
 
 # ---------------------------------------------------------------------------------------------------- codec.py: training
@@ -387,9 +395,52 @@ class CodecTraining(Case):
 
     def test_reconstruction_is_as_long_as_the_original(self):
         sf.write(self.folder / "in.wav", noise(12_345).numpy(), 16_000)
-        codec_stage.main(["--out", str(trained_codec().parent), "--device", "cpu", "--reconstruct",
-                          str(self.folder / "in.wav"), str(self.folder / "out.wav")])
+        reconstruct = lambda name: codec_stage.main(["--out", str(trained_codec().parent), "--device", "cpu", "--reconstruct",
+                                                     str(self.folder / "in.wav"), str(self.folder / name)])
+        reconstruct("out.wav")
         self.assertEqual(sf.info(self.folder / "out.wav").frames, 12_345)
+        self.assertInputError("ends in .wav", reconstruct, "out.xyz")
+        self.assertInputError("ends in .wav", reconstruct, "out")
+        self.assertRaisesRegex(OSError, "nowhere/out.wav", reconstruct, "nowhere/out.wav")
+
+    def test_infinite_loss_is_told_with_its_step_and_files_and_saves_nothing(self):
+        step = codec_stage.train_step
+
+        def broken(nets, optimisers, distance, wav, number, settings):
+            losses, tokens = step(nets, optimisers, distance, wav, number, settings)
+            return losses | {"mel": losses["mel"] * (math.nan if number >= 4 else 1)}, tokens
+        with mock.patch.object(codec_stage, "train_step", broken):
+            self.assertInputError("at step 5, at crops of .*flac", self.train, "run")
+        self.assertEqual(torch.load(self.folder / "run" / "codec.pt", weights_only=True)["step"], 4)
+
+    def test_silent_and_tiny_audio_ends_without_nan_and_is_told(self):
+        for subset, wav in (("train", np.zeros(8000)), ("dev", np.zeros(1))):   # shorter than the windows of the loss
+            (self.folder / subset).mkdir()
+            sf.write(self.folder / subset / "a.wav", wav, 16_000)
+        for quantizer in ("rvq", "fsq"):
+            codec_stage.main(["--corpus", str(self.folder), "--quantizer", quantizer, "--codebooks", "2", "--steps", "2", "--batch", "2",
+                              "--crop", "0.5", "--device", "cpu", "--out", str(self.folder / quantizer)])
+            report = json.loads((self.folder / quantizer / "report.json").read_text())
+            self.assertTrue(math.isfinite(report["mel_distance"] + report["si_sdr"]))
+        for what in ("1 of 1 files are silent", r"so few files to train on \(1\)"):
+            self.assertRegex(self.output.getvalue(), what)
+
+    def test_full_disk_keeps_the_last_checkpoint_and_names_the_file(self):
+        self.train("run", stop_after=None)
+        before = (self.folder / "run" / "codec.pt").read_bytes()
+        with mock.patch.object(codec_stage.os, "replace", side_effect=OSError(28, "No space left on device")):
+            for stage in (codec_stage, train_asr):
+                with self.assertRaisesRegex(OSError, "No space left on device: '.*/run/codec.pt'"):
+                    stage.write_atomically(self.folder / "run" / "codec.pt", b"half")
+        self.assertEqual((self.folder / "run" / "codec.pt").read_bytes(), before)
+        self.assertEqual({path.name for path in (self.folder / "run").iterdir()}, {"codec.pt", "log.jsonl", "report.json"})
+
+    def test_numbers_out_of_range_are_told_in_one_line(self):
+        for more in ({"seed": -1}, {"batch": 0}, {"crop": math.inf}, {"lr": math.nan}, {"strides": (2, 0)}, {"codebooks": 0},
+                     {"encoder": "time", "strides": (400,)}):
+            self.assertInputError("--", CodecSettings, **more)
+        with mock.patch.object(codec_stage, "start_processes", lambda device: (torch.device("cpu"), 0, 4)):
+            self.assertInputError("each of the 4 processes", self.train, "run")
 
 
 # ---------------------------------------------------------------------------------------------------- codec.py: audio and corpora
@@ -423,6 +474,19 @@ class AudioFiles(Case):
         sf.write(path, np.zeros(1000), 16_000)
         path.write_bytes(path.read_bytes()[:20])        # the header breaks off
         self.assertInputError("not readable as audio", read_audio, path)
+        self.assertInputError("no such file", read_audio, self.folder)
+        sf.write(path, np.array([0.1, 3e8]), 16_000, subtype="FLOAT")
+        self.assertInputError("full scale is 1", read_audio, path)
+        sf.write(path, np.zeros(1000), 48_001)          # one byte of the header is wrong: resampling would take gigabytes
+        self.assertInputError("sample rate of 48001", read_audio, path)
+
+    def test_file_that_breaks_off_is_not_filled_up(self):
+        for ending in ("mp3", "flac"):
+            path = self.folder / f"a.{ending}"
+            sf.write(path, noise(80_000).numpy(), 16_000)
+            self.assertEqual(len(read_audio(path)), 80_000)
+            path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+            self.assertInputError("breaks off|not readable", read_audio, path)
 
 
 class Synthetic(Case):
@@ -528,6 +592,22 @@ class Downloads(Case):
             self.assertFalse((self.folder / "outside").exists())
             self.assertFalse(self.target.exists())      # nor is half a subset left where the next run would take it as whole
 
+    def test_half_unpacked_subset_of_a_killed_run_is_unpacked_anew(self):
+        half = self.target.parent / "partial-dev-clean" / "LibriSpeech" / "dev-clean"
+        half.mkdir(parents=True)
+        (half / "half.flac").write_text("")
+
+        def librispeech(root, subset, download):        # as torchaudio does it: a folder that is there counts as whole
+            if subset != "dev-clean":
+                raise ValueError("Invalid url")
+            if not half.is_dir():
+                half.mkdir(parents=True)
+                (half / "whole.flac").write_text("")
+        with mock.patch.object(codec_stage.torchaudio.datasets, "LIBRISPEECH", librispeech):
+            codec_stage.fetch_librispeech(self.target, "dev-clean")
+            self.assertInputError("no such subset", codec_stage.fetch_librispeech, self.target, "dev-cleen")
+        self.assertEqual([path.name for path in self.target.rglob("*.flac")], ["whole.flac"])
+
     def test_no_network_is_told_in_one_line(self):
         self.enterContext(mock.patch.object(codec_stage, "MINI", "http://127.0.0.1:1/"))
         self.assertInputError("no network", self.fetch)
@@ -568,6 +648,40 @@ class MessyCorpora(Case):
         self.assertEqual(texts, {"7-1-0": "WITH A MARK", "7-1-1": "BY TABS AND SPACES", "7-1-3": "SAID ONCE"})
         for name in ("7-1-2", "7-1-3", "7-1-4", "7-1-5", "7-1-6", "7-1-9"):
             self.assertEqual(sum(name in line for line in skipped.splitlines()), 1, f"{name} in\n{skipped}")
+
+    def test_files_of_one_name_in_several_folders_are_paired_with_their_own_transcript(self):
+        for path in ("7/1/a.wav", "7/2/a.wav", "7/2/b.wav", "7/2/b.flac", "8/1/c.wav"):
+            self.audio(f"train/{path}")
+        for chapter, line in ((1, "b FROM ELSEWHERE\nc ELSEWHERE BUT ALONE"), (2, "a SECOND")):
+            (self.corpus / f"train/7/{chapter}/7-{chapter}.trans.txt").write_text(line)
+        texts, skipped = self.tokenize()
+        self.assertEqual(texts, {"a": "SECOND", "c": "ELSEWHERE BUT ALONE"})
+        self.assertTrue(rows(self.out)[1]["audio"].endswith("7/2/a.wav"))
+        for what, times in (("7/1/a.wav: no transcript", 1), ("b may be", 1), ("7/2/b", 3), ("a.wav", 1)):
+            self.assertEqual(sum(what in line for line in skipped.splitlines()), times, f"{what} in\n{skipped}")
+
+    def test_odd_names_and_letters_are_used_or_named(self):
+        long = "/".join(["x" * 60] * 5)
+        for name in ("good.wav", f"{long}.wav", "$.wav"):
+            self.audio(name)
+        (self.corpus / "folder.wav").mkdir()
+        os.mkfifo(self.corpus / "pipe.wav")             # reading it would wait for ever
+        lines = [{"audio_filepath": "good.wav", "text": "ONE\u2028LINE\0", "lang": "e\u2028n"}, {"audio_filepath": f"{long}.wav", "text": "LONG"},
+                 {"audio_filepath": "$.wav", "text": "DOLLAR"}, {"audio_filepath": "./good.wav", "text": "HALF \ud83d"},
+                 {"audio_filepath": "pipe.wav", "text": "PIPE"}, {"audio_filepath": "folder.wav", "text": "FOLDER"},
+                 {"audio_filepath": "nul\0.wav", "text": "NUL"}, {"audio_filepath": "y" * 5000, "text": "TOO LONG"},
+                 {"audio_filepath": "caf\udce9.wav", "text": "LATIN"}, {"audio_filepath": "good.wav", "text": ["NO", "TEXT"]}]
+        (self.corpus / "train.jsonl").write_text("\n".join([*(json.dumps(line) for line in lines), "[" * 100_000]))
+        texts, skipped = self.tokenize()
+        self.assertEqual(sorted(texts.values()), ["DOLLAR", "LONG", "ONE LINE\0"])
+        self.assertEqual(len(skipped.splitlines()), 8)
+        (self.corpus / "train.jsonl").write_text(json.dumps(lines[0], ensure_ascii=False))
+        self.assertEqual(len(read_subset(self.corpus, "train")[0]), 1)          # a line ends where JSON says, not at any sign that Unicode calls one
+
+    def test_subsets_cannot_lead_out_of_the_output(self):
+        self.audio("train/1-1-0.wav")
+        for name in ("../corpus", str(self.corpus / "train"), ".."):
+            self.assertInputError("not the name of a subset", tokenize, self.out, "--features", "mel", "--train", name, corpus=self.corpus)
 
     def test_messy_manifest(self):
         for name in ("a/one.wav", "b/one.wav", "../beside/two.wav", "three.wav", "four.wav"):
@@ -635,6 +749,16 @@ class Tokens(Case):
         for path in kept:
             self.assertEqual(path.stat().st_mtime_ns, arrays[path][1])
 
+    def test_damaged_array_is_removed_and_made_anew(self):
+        tokenize(self.folder)
+        for damage in (lambda data: data[:-1], lambda data: b"", lambda data: b"words" + data[5:], lambda data: data.replace(b"<i2", b"<f2")):
+            path = self.folder / rows(self.folder)[0]["array"]
+            sound = path.read_bytes()
+            path.write_bytes(damage(sound))
+            tokenize(self.folder)
+            self.assertEqual(path.read_bytes(), sound)
+            self.assertIn(f"{path} was damaged", self.output.getvalue())
+
     def test_number_of_workers_changes_nothing(self):
         noisy = ("--noise", "white", "babble", "--copies", "2", "--speeds", "0.9")
         folders = [tokenize(self.folder / n, *noisy, "--workers", n) for n in "012"]
@@ -662,7 +786,14 @@ class Tokens(Case):
         self.assertInputError("give another --out", tokenize, self.folder, "--codec", other)
         self.assertInputError("give another --out", tokenize, self.folder, "--features", "mel")
         tokenize(self.folder / "noisy", "--features", "mel", "--noise", "white")
-        self.assertInputError("give another --out", tokenize, self.folder / "noisy", "--features", "mel", "--noise", "pink")
+        for more in (("--noise", "pink"), ("--noise", "white", "--seed", "1"), ()):
+            self.assertInputError("give another --out", tokenize, self.folder / "noisy", "--features", "mel", *more)
+        for text in ("{", "[]", "{}"):
+            (self.folder / "meta.json").write_text(text)
+            self.assertInputError("give another --out", tokenize, self.folder)
+
+    def test_copies_that_would_share_a_name_are_told_in_one_line(self):
+        self.assertInputError("stand for two things", tokenize, self.folder, "--features", "mel", "--speeds", "0.9", "0.9")
 
     def test_float_features_lie_in_the_same_layout(self):
         for features, hop, dim in (("mel", 400, 80), ("mel", 160, 80), ("latent", 400, 16)):
@@ -705,8 +836,17 @@ class Noises(Case):
         self.assertEqual(len(heard), 30)
         self.assertNotIn(files[0].stem.split("-")[0], {path.stem.split("-")[0] for path in heard})
 
-    def test_unknown_kind_is_told_in_one_line(self):
+    def test_noise_that_cannot_be_read_is_replaced_by_other(self):
+        (self.folder / "bad.wav").write_text("no audio")
+        self.assertInputError("no noise can be read: .*bad.wav", self.noise(str(self.folder)), noise(1000), "1-1-0")
+        sf.write(self.folder / "good.wav", noise(500).numpy(), 16_000)
+        for name in "abcdef":
+            self.assertTrue(self.noise(str(self.folder))(noise(1000), name).isfinite().all())
+
+    def test_unknown_kind_and_impossible_ratio_are_told_in_one_line(self):
         self.assertInputError("not white, pink or babble", self.noise, "brown")
+        for snr in ((0, math.nan), (-1e9, 0), (5, 4)):
+            self.assertInputError("--snr", self.noise, "white", snr)
 
 
 # ---------------------------------------------------------------------------------------------------- asr_model.py
@@ -886,11 +1026,43 @@ class Training(Case):
         self.train(epochs=1)
         self.assertRegex(self.output.getvalue(), "train-1, train-2")
 
+    def test_utterance_too_long_for_memory_is_dropped_and_named(self):
+        token_folder(self.folder / "tokens", ["NINE MEN", "TEN " * 1000])       # 0.7 s, 300 s
+        self.train(epochs=1)
+        self.assertRegex(self.output.getvalue(), "1 utterances longer than 60 s.*train-1")
+
     def test_nothing_to_train_on_is_told_in_one_line(self):
         token_folder(self.folder / "tokens", frames_a_letter=1)
         self.assertInputError("long enough", self.train, subsampling=4)
         self.assertInputError("run tokenize_corpus.py first", self.train, tokens=str(self.folder / "nowhere"))
         self.assertInputError("--codebooks 3", self.train, codebooks=3)
+
+    def test_damaged_tokens_are_told_in_one_line(self):
+        folder = self.folder / "tokens"
+        good = np.zeros((27, 2), np.int16)              # NINE MEN: as many frames as its row says
+        cases = [("meta.json", text) for text in (b"{", b"[]", b'{"hop": 400}', b"\xff")]
+        cases += [("train.jsonl", text) for text in (b"", b"{\n", b"[]\n", b'{"id": "train-0"}\n', b"\xff\n")]
+        cases += [("dev.jsonl", b""), ("codebooks.npy", b"words"), ("train/train-0.npy", b""), ("train/train-0.npy", b"PK\3\4")]
+        for array in (good[:-1], good[:, :1], good.astype(np.int64), good + np.int16(64), good - np.int16(1), good[:0]):
+            np.save(buffer := io.BytesIO(), array)
+            cases += [("train/train-0.npy", buffer.getvalue())]
+        for name, data in cases:
+            token_folder(folder)
+            (folder / name).write_bytes(data)
+            self.assertInputError(f"{name}: .*run tokenize_corpus.py", self.train)
+        self.assertFalse((self.folder / "asr").exists())
+
+    def test_infinite_loss_is_told_with_its_step_and_utterances(self):
+        token_folder(self.folder / "tokens")
+        self.train(epochs=1, lr=1e-3)
+        step, before = train_asr.train_step, (self.folder / "asr" / "asr.pt").read_bytes()
+
+        def broken(*things):
+            return step(*things) * (math.nan if things[3].tolist() == [3] else 1)
+        with mock.patch.object(train_asr, "train_step", broken):
+            self.assertInputError("at step ., at utterances train-3", self.train, batch=1.0, out=str(self.folder / "new"))
+        self.assertFalse((self.folder / "new").exists())
+        self.assertEqual((self.folder / "asr" / "asr.pt").read_bytes(), before)
 
     def test_unknown_characters_become_no_blanks(self):
         token_folder(self.folder / "tokens", ["NINE ÖMEN"])
@@ -980,6 +1152,11 @@ class Training(Case):
         token_folder(self.folder / "tokens")
         self.train(epochs=1)
         self.assertInputError("holds asr", Codec.load, self.folder / "asr" / "asr.pt")
+        saved = torch.load(self.folder / "asr" / "asr.pt", weights_only=True)
+        for other in (saved | {"settings": saved["settings"] | {"heads": 4}}, saved | {"meta": {}}, saved | {"text": torch.zeros(9)},
+                      {name: saved[name] for name in ("kind", "format", "settings", "meta", "text")}):
+            torch.save(other, self.folder / "asr" / "asr.pt")
+            self.assertInputError("another version", self.train)
         (self.folder / "asr" / "asr.pt").write_bytes(trained_codec().read_bytes())
         self.assertInputError("holds codec", self.train)
 

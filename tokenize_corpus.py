@@ -14,10 +14,12 @@ Legend: B utterances, S samples, T token frames, Q codebooks, K codes, D feature
 Dhawan et al., arXiv 2407.03495, section 3: the recogniser never sees audio, only these files.
 """
 
+import hashlib
 import io
 import json
 import os
 import re
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,33 +91,43 @@ def read_subset(folder: Path, subset: str) -> tuple[list[Utterance], list[str]]:
     kept: dict[str, Utterance] = {}
     for name, text, lang, audio in found:
         text = " ".join(text.replace("\ufeff", "").split())
+        if not name or len(name.encode(errors="replace")) > 200:                 # with its endings it must fit a file name, 255 bytes
+            name = name[:40] + hashlib.sha256(name.encode(errors="replace")).hexdigest()[:16]
         try:
+            f"{text}{lang}{audio}".encode()             # half characters of broken JSON, names of files in old encodings
             if not text:
                 raise InputError(f"{audio}: its transcript is empty")
             if name in kept:
                 raise InputError(f"{audio}: id {name} was seen before ({kept[name].audio})")
+            if not os.path.isfile(audio):
+                raise InputError(f"{audio}: no such file")
             info = sf.info(audio)
             kept[name] = Utterance(name, text, lang, audio, info.frames / info.samplerate)
         except InputError as error:
             skipped.append(str(error))
+        except UnicodeEncodeError:
+            skipped.append(f"{str(audio)!a}: its name, transcript or language is not valid Unicode")
         except (sf.LibsndfileError, OSError, RuntimeError, ZeroDivisionError) as error:
-            skipped.append(f"{audio}: " + ("no such file" if not audio.exists() else
-                                           f"not readable as audio ({str(error).splitlines()[0]})"))
+            skipped.append(f"{audio}: not readable as audio ({str(error).splitlines()[0]})")
     return list(kept.values()), skipped
 
 
 def read_librispeech(folder: Path, subset: str) -> tuple[list[tuple], list[str]]:
     """speaker/chapter/*.trans.txt, whose lines are an id and its words; audio files lie beside it."""
-    audio, found, skipped = {path.stem: path for path in find_audio(folder, subset)}, [], []
+    audio, found, skipped = {}, [], []
+    for path in find_audio(folder, subset):
+        audio.setdefault(path.stem, []).append(path)
     for path in sorted((folder / subset).rglob("*.trans.txt")):
-        for line in path.read_text("utf-8-sig", errors="replace").splitlines():
+        for line in path.read_text("utf-8-sig", errors="replace").split("\n"):
             name, _, text = line.strip().replace("\t", " ").partition(" ")
-            if name in audio:
-                found.append((name, text, "", audio[name]))
+            files = audio.get(name, [])
+            files = [file for file in files if file.parent == path.parent] or files
+            if len(files) == 1:
+                found.append((name, text, "", files[0]))
             elif name:
-                skipped.append(f"{path}: {name} has no audio file")
-    with_text = {row[0] for row in found}
-    skipped += [f"{path}: no transcript names it" for name, path in audio.items() if name not in with_text]
+                skipped.append(f"{path}: {name} " + (f"may be {files[0]} or {files[1]}" if files else "has no audio file"))
+    with_text = {row[3] for row in found}
+    skipped += [f"{path}: no transcript names it" for files in audio.values() for path in files if path not in with_text]
     return found, skipped
 
 
@@ -126,7 +138,10 @@ def read_rows(manifest: Path) -> tuple[list[tuple], list[str]]:
     for row in rows:
         # The id becomes a file name: whatever the path held, it cannot lead out of --out.
         name = re.sub(r"[^\w-]+", "-", str(Path(row["audio_filepath"]).with_suffix(""))).strip("-")
-        found.append((name, str(row.get("text") or ""), str(row.get("lang") or ""), manifest.parent / row["audio_filepath"]))
+        if isinstance(row.get("text") or "", str):
+            found.append((name, row.get("text") or "", str(row.get("lang") or ""), manifest.parent / row["audio_filepath"]))
+        else:
+            skipped.append(f"{manifest}: the text of {row['audio_filepath']} is none")
     return found, skipped
 
 
@@ -136,7 +151,7 @@ def read_ml_superb(folder: Path, subset: str) -> tuple[list[tuple], list[str]]:
     The subsets of ML-SUPERB (arXiv 2305.10615) are called 10min_train, 1h_train, 10min_dev and so on."""
     found, skipped = [], []
     for path in sorted(folder.glob(f"*/*/transcript_{subset}.txt")):
-        for line in path.read_text("utf-8-sig", errors="replace").splitlines():
+        for line in path.read_text("utf-8-sig", errors="replace").split("\n"):
             parts = line.split(maxsplit=2)
             if len(parts) == 3 and Path(parts[0]).name == parts[0]:
                 found.append((parts[0], parts[2], path.parent.name, path.parent / "wav" / f"{parts[0]}.wav"))
@@ -153,6 +168,8 @@ class Noise:
     def __init__(self, kinds: tuple, snr: tuple, speakers: list[Path], seed: int):
         """speakers: files that babble is made of."""
         self.kinds, self.snr, self.seed, self.speakers = kinds, snr, seed, speakers
+        if not -100 <= snr[0] <= snr[1] <= 1000:
+            raise InputError(f"--snr {snr[0]:g} {snr[1]:g}: give numbers of dB, LOW HIGH, between -100 and 1000")
         self.files = {kind: sorted(path for path in Path(kind).rglob("*") if path.suffix.lower() in AUDIO_ENDINGS)
                       for kind in kinds if kind not in ("white", "pink", "babble")}
         for kind, files in self.files.items():
@@ -176,14 +193,20 @@ class Noise:
             return np.fft.irfft(spectrum / np.sqrt(np.maximum(np.arange(len(spectrum)), 1)), length)
         if kind == "babble":                            # six other voices; LibriSpeech ids begin with the speaker
             others = [path for path in self.speakers if path.stem.split("-")[0] != name.split("-")[0]] or self.speakers
-            return sum(self.stretch(others[i], length, rng) for i in rng.choice(len(others), 6))
+            return sum(self.stretch(others, i, length, rng) for i in rng.choice(len(others), 6))
         files = self.files[kind]
-        return self.stretch(files[rng.integers(len(files))], length, rng)
+        return self.stretch(files, rng.integers(len(files)), length, rng)
 
     @staticmethod
-    def stretch(path: Path, length: int, rng: np.random.Generator) -> np.ndarray:
-        """A random stretch of a file, repeated where it is too short; its level set to 1."""
-        wav = read_audio(path).numpy()
+    def stretch(files: list[Path], number: int, length: int, rng: np.random.Generator) -> np.ndarray:
+        """A random stretch of a file, or of the next that can be read, repeated where it is too short; its level set to 1."""
+        for attempt in range(len(files)):
+            try:
+                wav = read_audio(files[(number + attempt) % len(files)]).numpy()
+                break
+            except InputError as error:
+                if attempt == len(files) - 1:
+                    raise InputError(f"no noise can be read: {error}") from None
         wav = np.roll(wav, rng.integers(len(wav)))
         return np.resize(wav, length) / max(1e-5, float(np.sqrt(np.mean(wav ** 2))))
 
@@ -204,6 +227,8 @@ class Encodec:
                 model = EncodecModel.encodec_model_24khz()
             except OSError as error:
                 raise InputError(f"--codec encodec: its weights cannot be downloaded ({error})") from None
+        if kbps not in (1.5, 3, 6):
+            raise InputError(f"--kbps {kbps:g}: give 1.5, 3 or 6")
         model.set_target_bandwidth(kbps)
         self.model, self.sample_rate = model.to(device).eval(), model.sample_rate
         self.num_codebooks = model.quantizer.get_num_quantizers_for_bandwidth(model.frame_rate, kbps)
@@ -296,6 +321,9 @@ def with_copies(utterances: list[Utterance], settings: TokenSettings) -> list[Ut
                        for item in utterances]
     for copy in range(settings.copies if settings.noise else 0):
         everything += [item._replace(id=f"{item.id}-noise{copy}", copy_of=item.id, noisy=True) for item in utterances]
+    twice = [name for name, count in Counter(item.id for item in everything).items() if count > 1]
+    if twice:
+        raise InputError(f"--speeds, --noise: {twice[0]} would stand for two things; give each speed once, or rename the original")
     return everything
 
 
@@ -314,21 +342,50 @@ def batches(utterances: list[Utterance], seconds: float) -> list[list[int]]:
 def encode_subset(front_end: FrontEnd, utterances: list[Utterance], noise: Noise | None, folder: Path, workers: int) -> list[str]:
     """Write folder/<id>.npy for every utterance that has none yet -> lines on those that could not be read."""
     folder.mkdir(parents=True, exist_ok=True)
-    done = {entry.name for entry in os.scandir(folder)}
-    todo = [item for item in utterances if f"{item.id}.npy" not in done]
+    todo = [item for item in utterances if not frames_in(folder / f"{item.id}.npy", front_end.meta)]
     loader = DataLoader(Audio(todo, noise), batch_sampler=batches(todo, 20 if front_end.device == "cpu" else 600),
                         num_workers=workers if todo else 0, collate_fn=list)
     skipped, writes = [], []
     with ThreadPoolExecutor(1) as writer, tqdm(total=len(todo), desc=folder.name, disable=not todo) as bar:
-        for batch in loader:
+        for batch in told(loader):
             skipped += [wav for _, wav in batch if isinstance(wav, str)]
             good = [(index, wav) for index, wav in batch if not isinstance(wav, str)]
             for (index, _), array in zip(good, front_end([wav for _, wav in good]) if good else ()):
                 writes.append(writer.submit(save_array, folder / f"{todo[index].id}.npy", array))
             bar.update(len(batch))
+            while writes and writes[0].done():
+                writes.pop(0).result()                  # a full disk is told here
         for write in writes:
-            write.result()                              # a full disk is told here
+            write.result()
     return skipped
+
+
+def told(loader: DataLoader):
+    """The batches of a loader; the death of one of its processes is told in one line."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError("a process that reads audio died, maybe for want of (shared) memory; try --workers 0. "
+                         "What was finished is kept, the same command continues") from None
+
+
+def frames_in(path: Path, meta: dict) -> int:
+    """Length of an array on disk; 0 when there is none. A damaged one is removed, and so made anew."""
+    if not path.exists():
+        return 0
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)                # its header fits the size of the file
+        if array.dtype != ("int16" if meta["codebooks"] else "float16") or array.shape[1:] != (meta["codebooks"] or meta["dim"],):
+            raise ValueError(f"it holds {array.dtype} {array.shape}")
+        return len(array)
+    except OSError:                                     # of the disk: the file may be sound
+        raise
+    except Exception as error:                          # numpy raises many types for a damaged file
+        print(f"{path} was damaged and is removed ({error!r})")
+        path.unlink()
+        return 0
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
@@ -337,18 +394,19 @@ def save_array(path: Path, array: np.ndarray) -> None:
     write_atomically(path, buffer.getbuffer())
 
 
-def write_rows(path: Path, utterances: list[Utterance], folder: Path) -> int:
-    """<subset>.jsonl: a row for every utterance whose array was written -> how many."""
+def write_rows(path: Path, utterances: list[Utterance], folder: Path, meta: dict) -> list[dict]:
+    """<subset>.jsonl: a row for every utterance whose array was written."""
     rows = []
     for item in utterances:
         array = folder / f"{item.id}.npy"
-        if array.exists():
-            frames = np.load(array, mmap_mode="r", allow_pickle=False).shape[0]
-            row = {"id": item.id, "text": item.text, "lang": item.lang, "duration": round(item.duration, 3), "frames": frames,
+        if frames := frames_in(array, meta):
+            frame = meta["hop"] / meta["sample_rate"]
+            seconds = min(max(item.duration, (frames - 1) * frame), frames * frame)     # a file's header may be wrong
+            row = {"id": item.id, "text": item.text, "lang": item.lang, "duration": round(seconds, 3), "frames": frames,
                    "audio": str(item.audio.resolve()), "array": f"{folder.name}/{array.name}"}
             rows.append(row | ({"copy_of": item.copy_of, "noisy": item.noisy} if item.copy_of else {}))
     write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-    return len(rows)
+    return rows
 
 
 def tokenize(settings: TokenSettings) -> None:
@@ -357,7 +415,7 @@ def tokenize(settings: TokenSettings) -> None:
     folder, train, dev, test = corpus_subsets(settings.corpus, settings.train, settings.dev, settings.test)
     front_end = FrontEnd(settings.features, settings.codec, settings.hop, str(device), settings.kbps)
     meta = front_end.meta | {"train": train, "dev": dev, "test": test, "speeds": settings.speeds,
-                              "noise": settings.noise, "snr": settings.snr}
+                              "noise": settings.noise, "snr": settings.snr, "seed": settings.seed}
     check_same_codec(out / "meta.json", meta)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -365,6 +423,8 @@ def tokenize(settings: TokenSettings) -> None:
         if front_end.codebooks is not None:
             save_array(out / "codebooks.npy", front_end.codebooks.cpu().numpy())
     for subset in dict.fromkeys((*train, *dev, *test)):
+        if Path(subset).name != subset or subset == "..":                       # or it would lead out of --out
+            raise InputError(f"{subset}: not the name of a subset of {folder}; give its folder as --corpus")
         utterances, skipped = read_subset(folder, subset)
         noise = None
         if subset in train:
@@ -373,7 +433,7 @@ def tokenize(settings: TokenSettings) -> None:
         unread = encode_subset(front_end, utterances[rank::world], noise, out / subset, settings.workers)
         skipped += gather(unread, world)                # also waits for the other processes
         if rank == 0:
-            finish_subset(out, subset, utterances, skipped)
+            finish_subset(out, subset, utterances, skipped, meta)
     if rank == 0:
         print(f"wrote {out}; next: python train_asr.py --tokens {out}")
 
@@ -387,24 +447,28 @@ def gather(lines: list[str], world: int) -> list[str]:
     return [line for lines in everyone for line in lines]
 
 
-def finish_subset(out: Path, subset: str, utterances: list[Utterance], skipped: list[str]) -> None:
+def finish_subset(out: Path, subset: str, utterances: list[Utterance], skipped: list[str], meta: dict) -> None:
     """Write <subset>.jsonl and <subset>.skipped.txt and say what is in them."""
-    count = write_rows(out / f"{subset}.jsonl", utterances, out / subset)
+    rows = write_rows(out / f"{subset}.jsonl", utterances, out / subset, meta)
     write_atomically(out / f"{subset}.skipped.txt", "".join(f"{line}\n" for line in skipped).encode())
-    print(f"{subset}: {count} utterances, {sum(item.duration for item in utterances) / 3600:.2f} hours")
+    print(f"{subset}: {len(rows)} utterances, {sum(row['duration'] for row in rows) / 3600:.2f} hours")
     if skipped:
         print(f"  {len(skipped)} skipped, listed in {out / subset}.skipped.txt; the first: {skipped[0]}")
-    if not count:
+    if not rows:
         raise InputError(f"{subset}: nothing that can be used; see {out / subset}.skipped.txt")
 
 
 def check_same_codec(path: Path, meta: dict) -> None:
     """Tokens of two codecs, or copies in two kinds of noise, must not be mixed in one folder."""
     if path.exists():
-        before = json.loads(path.read_text())
-        for name in ("features", "codec", "hop", *(("noise", "snr") if before["noise"] else ())):
-            if before[name] != json.loads(json.dumps(meta[name])):
-                raise InputError(f"{path.parent} holds {before['features']} with {name} {before[name]}, now {meta[name]}: "
+        try:
+            before = dict(json.loads(path.read_text("utf-8")))
+        except (ValueError, TypeError):
+            raise InputError(f"{path}: damaged, nothing tells which codec made the arrays beside it: "
+                             f"give another --out, or delete {path.parent}") from None
+        for name in ("features", "codec", "hop", *(("noise", "snr", "seed") if before.get("noise") else ())):
+            if before.get(name) != json.loads(json.dumps(meta[name])):
+                raise InputError(f"{path.parent} holds {before.get('features')} with {name} {before.get(name)}, now {meta[name]}: "
                                  f"give another --out, or delete it")
 
 

@@ -19,7 +19,8 @@ import math
 import os
 import sys
 import time
-from contextlib import nullcontext
+import zipfile
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -73,11 +74,14 @@ class TrainSettings:
     out: str = option("runs/asr", "folder to write")
 
     def __post_init__(self):
-        for name, good in (("epochs", self.epochs > 0), ("batch", self.batch > 0), ("lr", self.lr > 0), ("seed", self.seed >= 0),
-                           ("codebooks", self.codebooks >= 0), ("curriculum", self.curriculum >= 0),
-                           ("dropout", 0 <= self.dropout < 1), ("replace", 0 <= self.replace <= 1)):
+        for name, good in (("epochs", self.epochs > 0), ("batch", 0 < self.batch < math.inf), ("lr", 0 < self.lr < math.inf),
+                           ("seed", self.seed >= 0), ("codebooks", self.codebooks >= 0), ("curriculum", self.curriculum >= 0),
+                           ("dropout", 0 <= self.dropout < 1), ("replace", 0 <= self.replace <= 1), ("vocab_size", self.vocab_size > 0),
+                           ("time_masks", self.time_masks >= 0), ("codebook_masks", self.codebook_masks >= 0),
+                           ("feature_masks", self.feature_masks >= 0), ("noisy_share", 0 <= self.noisy_share <= 1),
+                           ("noisy_embedding", 0 <= self.noisy_embedding < math.inf)):
             if not good:
-                raise InputError(f"--{name} {getattr(self, name)}: out of range")
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: out of range")
 
 
 # ---------------------------------------------------------------------------------------------------- text units
@@ -95,7 +99,7 @@ class Text:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=iter(row["text"] for row in rows), model_writer=model, model_type=settings.units,
                 vocab_size=settings.vocab_size if settings.units != "char" else 8000, hard_vocab_limit=False,
-                character_coverage=1.0, normalization_rule_name="identity", minloglevel=2,
+                character_coverage=1.0, max_sentence_length=1 << 24, normalization_rule_name="identity", minloglevel=2,
                 unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1,
                 user_defined_symbols=sorted({f"<{row['lang']}>" for row in rows}) if settings.lang_token else [])
         except RuntimeError as error:
@@ -122,28 +126,69 @@ class Text:
 
 # ---------------------------------------------------------------------------------------------------- data
 
+META = {"features": str, "codec": str, "codec_path": str, "sample_rate": int, "hop": int, "codebooks": int, "codebook_size": int,
+        "dim": int, "train": list, "dev": list, "test": list}
+ROW = {"id": str, "text": str, "lang": str, "duration": float, "frames": int, "audio": str, "array": str}
+
+
+def parse_json(text: str, kinds: dict[str, type]) -> dict:
+    """One object of JSON; ValueError unless each of these keys holds something of its kind."""
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError("no object")
+    wrong = [name for name, kind in kinds.items() if not isinstance(found.get(name), kind)]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)} missing or of the wrong kind")
+    return found
+
+
 def read_meta(folder: str | Path) -> dict:
+    path = Path(folder) / "meta.json"
     try:
-        return json.loads((Path(folder) / "meta.json").read_text())
-    except (OSError, ValueError):
-        raise InputError(f"{folder}: no tokens here (meta.json is missing or damaged); run tokenize_corpus.py first") from None
+        return parse_json(path.read_text("utf-8"), META)
+    except OSError:
+        raise InputError(f"{folder}: no tokens here (no meta.json); run tokenize_corpus.py first") from None
+    except ValueError as error:
+        raise InputError(f"{path}: damaged, or of another version ({error}); run tokenize_corpus.py with another --out") from None
+
+
+def read_rows(folder: str | Path, subset: str) -> list[dict]:
+    """The utterances of a subset, copies among them."""
+    path, rows = Path(folder) / f"{subset}.jsonl", []
+    if not path.is_file():
+        raise InputError(f"{path}: no such subset; this folder has "
+                         f"{', '.join(sorted(p.stem for p in Path(folder).glob('*.jsonl'))) or 'none'}: run tokenize_corpus.py to its end")
+    try:
+        for line in path.read_text("utf-8").removesuffix("\n").split("\n"):
+            rows.append(parse_json(line, ROW))
+    except ValueError as error:
+        raise InputError(f"{path}: line {len(rows) + 1} is damaged ({error}); run tokenize_corpus.py again, which writes it anew") from None
+    return rows
+
+
+def read_array(path: Path, shape: tuple, kind: str, codes: int = 0) -> np.ndarray:
+    """What tokenize_corpus.py wrote: tokens, whose values are below `codes`, or floats."""
+    least, most = (0, codes - 1) if codes else (-1e30, 1e30)
+    try:
+        array = np.load(path, allow_pickle=False)
+        low, high = float(array.min()), float(array.max())
+    except Exception as error:                          # numpy raises many types for a damaged file
+        raise InputError(f"{path}: not readable ({error!r}); delete it and run tokenize_corpus.py again") from None
+    if array.dtype != kind or array.shape != shape or not least <= low <= high <= most:
+        raise InputError(f"{path}: holds {array.dtype} {array.shape} from {low:g} to {high:g}, expected {kind} {shape} "
+                         f"from {least:g} to {most:g}; delete it and run tokenize_corpus.py again")
+    return array
 
 
 class TokenSet:
     """All arrays of some subsets in one tensor in memory, cut into batches without a loop over utterances."""
 
     def __init__(self, folder: str | Path, subsets: list[str], codebooks: int = 0):
-        self.rows, arrays = [], []
-        for subset in subsets:
-            path = Path(folder) / f"{subset}.jsonl"
-            if not path.is_file():
-                raise InputError(f"{path}: no such subset; this folder has {', '.join(sorted(p.stem for p in Path(folder).glob('*.jsonl')))}")
-            self.rows += [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        meta = read_meta(folder)
+        width, kind = (meta["codebooks"], "int16") if meta["codebooks"] else (meta["dim"], "float16")
+        self.rows, arrays = [row for subset in subsets for row in read_rows(folder, subset)], []
         for row in self.rows:
-            try:
-                array = np.load(Path(folder) / row["array"], allow_pickle=False)
-            except (OSError, ValueError) as error:
-                raise InputError(f"{Path(folder) / row['array']}: {error}; delete it and run tokenize_corpus.py again") from None
+            array = read_array(Path(folder) / row["array"], (row["frames"], width), kind, meta["codebooks"] and meta["codebook_size"])
             arrays.append(array[:, :codebooks] if codebooks else array)
         self.hold(arrays)
 
@@ -202,12 +247,17 @@ class TrainSet(TokenSet):
             self.out_len = (self.out_len + 1) // 2
         fits = (self.out_len >= needed) & torch.tensor([len(ids) > 0 for ids in self.targets])
         self.dropped = [row["id"] for row, ok in zip(self.rows, fits) if not ok]
+        # The memory of attention grows with the square of the length: an hour would take hundreds of gigabytes.
+        self.limit = max(settings.batch, 60.0)
+        short = self.lengths * meta["hop"] / meta["sample_rate"] <= self.limit
+        self.long, fits = [row["id"] for row, ok, good in zip(self.rows, short, fits) if good and not ok], fits & short
         self.variants: dict[str, dict[bool, list[int]]] = {}
         for i, row in enumerate(self.rows):
             if fits[i]:
                 self.variants.setdefault(row.get("copy_of") or row["id"], {False: [], True: []})[row.get("noisy", False)].append(i)
         if not self.variants:
-            raise InputError(f"{settings.tokens}: no training utterance is long enough for its transcript at this frame rate")
+            raise InputError(f"{settings.tokens}: no training utterance is long enough for its transcript at this frame rate"
+                             + (f", and short enough for memory ({self.limit:g} s)" if self.long else ""))
 
     def epoch(self, number: int, frames: int, strength: float) -> list[Tensor]:
         generator = torch.Generator().manual_seed(self.settings.seed * 10_000 + number)
@@ -241,7 +291,7 @@ def train(settings: TrainSettings) -> None:
     saved = load_checkpoint(path) if path.exists() else {"epoch": 0, "step": 0, "best": math.inf}
     if saved["epoch"]:
         check_same_run(path, saved, settings, meta)
-        text = Text(bytes(saved["text"].tolist()))
+        text = Text(saved["text"])
     else:
         text = Text.train([row for subset in meta["train"] for row in read_rows(settings.tokens, subset)], settings)
     data, dev = TrainSet(settings, meta, text), TokenSet(settings.tokens, meta["dev"], settings.codebooks)
@@ -249,14 +299,15 @@ def train(settings: TrainSettings) -> None:
     model = start_model(settings, meta, len(text), data).to(device)
     optimiser = torch.optim.AdamW(model.parameters(), settings.lr, betas=(0.9, 0.98), weight_decay=1e-2, fused=True)
     if saved["epoch"]:
-        model.load_state_dict(saved["last"])
-        optimiser.load_state_dict(saved["optimiser"])
+        with fitting(path):
+            model.load_state_dict(saved["last"])
+            optimiser.load_state_dict(saved["optimiser"])
     if rank == 0:
         announce(settings, model, text, data, device, saved["epoch"])
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     net = torch.compile(net, dynamic=True) if settings.compile else net
 
-    step, best, best_model = saved["step"], saved["best"], saved.get("model")
+    step, best, best_model, log = saved["step"], saved["best"], saved.get("model"), saved.get("log", [])
     for epoch in range(saved["epoch"], settings.epochs):
         began, strength = time.time(), ramp(step, settings)
         groups = data.epoch(epoch, frames, strength)
@@ -268,11 +319,12 @@ def train(settings: TrainSettings) -> None:
             losses.append(train_step(net, optimiser, data, group, lr, device, rank, world))
             step += 1
             if step % 20 == 0:                          # seldom: reading a loss makes a GPU wait
-                bar.set_postfix_str(f"loss {finite(losses[-1], step, data, group):.2f}")
+                bar.set_postfix_str(f"loss {finite(losses, step, data, groups)[-1]:.2f}")
+        finite(losses, step, data, groups)
         loss = torch.stack(losses).mean()
         if world > 1:
             dist.all_reduce(loss)
-        loss, minutes = finite(loss / world, step, data, group), (time.time() - began) / 60
+        loss, minutes = loss.item() / world, (time.time() - began) / 60
         if rank:
             continue
         wer, cer = judge(model, dev, text, frames, device, settings.lang_token)
@@ -281,13 +333,12 @@ def train(settings: TrainSettings) -> None:
         speed = sum(data.rows[i]["duration"] for group in groups for i in group.tolist()) / minutes / 60
         print(f"epoch {epoch + 1}/{settings.epochs} | step {step} | loss {loss:.3f} | dev CER {100 * cer:.1f} % | "
               f"dev WER {100 * wer:.1f} % | {speed:.0f} s of speech a second", flush=True)
+        log.append({"epoch": epoch + 1, "step": step, "loss": loss, "dev_cer": cer, "dev_wer": wer, "lr": lr,
+                    "seconds_a_second": speed, "minutes": minutes})
         save_checkpoint(path, {
             "kind": "asr", "settings": asdict(settings), "meta": meta, "epoch": epoch + 1, "step": step, "best": best,
             "text": torch.tensor(list(text.model), dtype=torch.uint8), "model": best_model, "last": cpu_state(model),
-            "optimiser": optimiser.state_dict()})
-        with open(path.with_name("log.jsonl"), "a") as log:
-            log.write(json.dumps({"epoch": epoch + 1, "step": step, "loss": loss, "dev_cer": cer, "dev_wer": wer, "lr": lr,
-                                  "seconds_a_second": speed, "minutes": minutes}) + "\n")
+            "optimiser": optimiser.state_dict(), "log": log})
     if rank == 0:
         print(f"wrote {path} (best dev CER {100 * best:.1f} %); next: python evaluate.py --asr {path}")
 
@@ -297,7 +348,8 @@ def start_model(settings: TrainSettings, meta: dict, vocab_size: int, data: Trai
     torch.manual_seed(settings.seed)
     model, books = build_model(asdict(settings), meta, vocab_size), None
     if meta["codebooks"] and settings.embedding == "codebook":
-        books = torch.from_numpy(np.load(Path(settings.tokens) / "codebooks.npy", allow_pickle=False))
+        shape = meta["codebooks"], meta["codebook_size"], meta["dim"]
+        books = torch.from_numpy(read_array(Path(settings.tokens) / "codebooks.npy", shape, "float32"))
     model.start_from(books, data.flat[torch.randint(len(data.flat), (20_000,))])
     model.augment = Augment(settings.time_masks, settings.codebook_masks, settings.feature_masks, settings.replace,
                             settings.noisy_embedding)
@@ -309,6 +361,8 @@ def announce(settings: TrainSettings, model: CodecASR, text: Text, data: TrainSe
           f"{len(data.variants)} utterances, {len(data.rows)} with copies; on {device}")
     if data.dropped:
         print(f"dropped {len(data.dropped)} utterances too short for their transcripts at this frame rate: {', '.join(data.dropped[:5])}")
+    if data.long:
+        print(f"dropped {len(data.long)} utterances longer than {data.limit:g} s; cut them, or raise --batch: {', '.join(data.long[:5])}")
     if data.unknown:
         print(f"{data.unknown} characters of the transcripts are not among the text units, and were dropped")
     if done:
@@ -346,11 +400,15 @@ def train_step(net: nn.Module, optimiser, data: TrainSet, group: Tensor, lr: flo
     return loss.detach()
 
 
-def finite(loss: Tensor, step: int, data: TrainSet, group: Tensor) -> float:
-    if not math.isfinite(loss.item()):
-        raise InputError(f"the loss became infinite by step {step}, at utterances {', '.join(data.rows[i]['id'] for i in group.tolist()[:8])}; "
-                         f"the checkpoint of the last good epoch is kept: try a lower --lr")
-    return loss.item()
+def finite(losses: list[Tensor], step: int, data: TrainSet, groups: list[Tensor]) -> list[float]:
+    """The losses of this epoch up to `step`; InputError where one is not finite."""
+    values = torch.stack(losses).tolist()
+    for number, value in enumerate(values, step - len(values)):
+        if not math.isfinite(value):                    # the first: after it, all are
+            names = [data.rows[i]["id"] for i in groups[number - step + len(values)].tolist()]
+            raise InputError(f"the loss became infinite at step {number + 1}, at utterances {', '.join(names[:8])}; "
+                             f"the checkpoint of the last good epoch is kept: try a lower --lr")
+    return values
 
 
 @torch.inference_mode()
@@ -374,20 +432,24 @@ def cpu_state(model: nn.Module) -> dict[str, Tensor]:
 FORMAT = 1              # of checkpoints; raised when their contents change
 
 
-def read_rows(folder: str | Path, subset: str) -> list[dict]:
-    return [json.loads(line) for line in (Path(folder) / f"{subset}.jsonl").read_text("utf-8").splitlines()]
+def write_atomically(path: Path, data: bytes) -> None:
+    """A reader finds the old file or the new one, never a half of it."""
+    temporary = path.with_name(f".{path.name}.part")    # always the same: what a killed run left is written over
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None         # a full disk does not say which file
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
-    """A reader finds the old file or the new one, never a half of it."""
+    """The checkpoint, and its log beside it for human eyes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    buffer, temporary = io.BytesIO(), path.with_name(f".{path.name}.{os.getpid()}")
+    buffer = io.BytesIO()
     torch.save({"format": FORMAT, **content}, buffer)
-    try:
-        temporary.write_bytes(buffer.getbuffer())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, buffer.getbuffer())
+    write_atomically(path.with_name("log.jsonl"), "".join(json.dumps(row) + "\n" for row in content["log"]).encode())
 
 
 def load_checkpoint(path: str | Path, device: str = "cpu") -> dict:
@@ -397,22 +459,50 @@ def load_checkpoint(path: str | Path, device: str = "cpu") -> dict:
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
         found = saved["kind"], saved["format"]
+        if zipfile.ZipFile(path).testzip():             # torch itself compares no checksums
+            raise ValueError
     except Exception:                                   # torch raises many types for a damaged file
         raise InputError(f"{path}: not a checkpoint of this project, or damaged; delete it to train anew") from None
     if found != ("asr", FORMAT):
-        raise InputError(f"{path}: holds {found[0]} (format {found[1]}), expected asr (format {FORMAT})")
+        raise InputError(f"{path}: holds {found[0]} (format {found[1]}), expected asr (format {FORMAT}); give another path, or train it anew")
+    with fitting(path):
+        saved["settings"] = asdict(TrainSettings(**saved["settings"]))
+        parse_json(json.dumps(saved["meta"]), META)
+        saved["text"] = bytes(saved["text"].tolist())
+        Text(saved["text"])
+        missing = {"epoch", "step", "best", "model", "last", "optimiser"} - saved.keys()
+        if missing:
+            raise KeyError(*missing)
     return saved
+
+
+@contextmanager
+def fitting(path: str | Path):
+    """Around what is done with the parts of a checkpoint: those of another version are told in one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: was written by another version of this script ({type(error).__name__}: "
+                         f"{' '.join(str(error).split())[-200:]}); use that version, or train it anew") from None
 
 
 def check_same_run(path: Path, saved: dict, settings: TrainSettings, meta: dict) -> None:
     """A run goes on only with what it began with."""
     for name, value in asdict(settings).items():
-        if name not in ("device", "out", "compile", "tokens") and saved["settings"].get(name) != value:
-            raise InputError(f"{path} was trained with --{name.replace('_', '-')} {saved['settings'].get(name)}, now {value}: "
+        if name not in ("device", "out", "compile", "tokens") and saved["settings"][name] != value:
+            raise InputError(f"{path} was trained with --{name.replace('_', '-')} {saved['settings'][name]}, now {value}: "
                              f"give another --out, or delete the file")
-    if saved["meta"]["codec"] != meta["codec"]:
-        raise InputError(f"{path} was trained on tokens of codec {saved['meta']['codec']}, {settings.tokens} holds those of {meta['codec']}: "
-                         f"give another --out")
+    check_same_tokens(path, saved["meta"], settings.tokens, meta)
+
+
+def check_same_tokens(path: str | Path, meta: dict, tokens: str | Path, found: dict) -> None:
+    """A recogniser reads only what it was trained on: the same features, of the same codec."""
+    for name in ("codec", "features", "sample_rate", "hop", "codebooks", "codebook_size", "dim"):
+        if meta[name] != found[name]:
+            raise InputError(f"{path} was trained on tokens of codec {meta['codec']} ({name} {meta[name]}), {tokens} holds those of "
+                             f"codec {found['codec']} ({name} {found[name]}): give another --tokens, or another run")
 
 
 def pick_device(name: str) -> str:
@@ -456,6 +546,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")   # names and transcripts in letters that the terminal lacks
+    sys.stderr.reconfigure(errors="backslashreplace")
     try:
         main()
     except InputError as error:
@@ -465,5 +557,9 @@ if __name__ == "__main__":
         print("\nstopped; the same command continues after the last finished epoch", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        print(f"error: {error.filename or ''}: {error.strerror or error}; the last finished epoch is kept", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}; the last finished epoch is kept, the same command continues", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, torch.OutOfMemoryError):
+        print("error: out of memory; try a smaller --batch or --size, or --device cpu", file=sys.stderr)
         sys.exit(2)
