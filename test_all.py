@@ -1271,7 +1271,7 @@ class Evaluation(Case):
         self.evaluate("--plots", "--content", "--tokens", trained_asr().parents[1] / "tokens")
         self.evaluate("--plots", "--compare", trained_asr().parent)
         drawn = {path.name for path in (self.folder / "eval").glob("*.png") if path.stat().st_size > 5000}
-        self.assertEqual(drawn, {"utterance.png", "learning.png", "codec.png", "noise.png", "content.png"})
+        self.assertEqual(drawn, {"utterance.png", "learning.png", "codec.png", "noise.png", "content.png", "bitrate.png"})
 
     @unittest.skipIf(importlib.util.find_spec("flashlight"), "flashlight-text is installed")
     def test_beam_search_without_flashlight_is_told_in_one_line(self):

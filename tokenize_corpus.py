@@ -167,7 +167,7 @@ class Noise:
 
     def __init__(self, kinds: tuple, snr: tuple, speakers: list[Path], seed: int):
         """speakers: files that babble is made of."""
-        self.kinds, self.snr, self.seed, self.speakers = kinds, snr, seed, speakers
+        self.kinds, self.snr, self.seed, self.speakers, self.unreadable = kinds, snr, seed, speakers, set()
         if not -100 <= snr[0] <= snr[1] <= 1000:
             raise InputError(f"--snr {snr[0]:g} {snr[1]:g}: give numbers of dB, LOW HIGH, between -100 and 1000")
         self.files = {kind: sorted(path for path in Path(kind).rglob("*") if path.suffix.lower() in AUDIO_ENDINGS)
@@ -197,16 +197,19 @@ class Noise:
         files = self.files[kind]
         return self.stretch(files, rng.integers(len(files)), length, rng)
 
-    @staticmethod
-    def stretch(files: list[Path], number: int, length: int, rng: np.random.Generator) -> np.ndarray:
+    def stretch(self, files: list[Path], number: int, length: int, rng: np.random.Generator) -> np.ndarray:
         """A random stretch of a file, or of the next that can be read, repeated where it is too short; its level set to 1."""
         for attempt in range(len(files)):
+            path = files[(number + attempt) % len(files)]
             try:
-                wav = read_audio(files[(number + attempt) % len(files)]).numpy()
+                wav = read_audio(path).numpy()
                 break
             except InputError as error:
                 if attempt == len(files) - 1:
                     raise InputError(f"no noise can be read: {error}") from None
+                if path not in self.unreadable:
+                    tqdm.write(f"noise left out: {error}")
+                    self.unreadable.add(path)
         wav = np.roll(wav, rng.integers(len(wav)))
         return np.resize(wav, length) / max(1e-5, float(np.sqrt(np.mean(wav ** 2))))
 
