@@ -53,8 +53,9 @@ class ResidualVQ(nn.Module):
     """
 
     def __init__(self, dim: int = 128, num_codebooks: int = 8, codebook_size: int = 1024,
-                 decay: float = 0.99, dead_below: float = 0.03, dropout: float = 0.5):
-        """decay: of the EMA, a step. dead_below: a code is dead when used less than this fraction of uniform use.
+                 decay: float = 0.97, dead_below: float = 0.2, dropout: float = 0.5):
+        """decay: of the EMA, a step. dead_below: a code is dead when used less than this fraction of uniform use. A code
+        that the moving encoder left behind is found out within 53 steps; with the usual 0.99, and 0.03, it takes 350.
         dropout: share of training utterances quantised with only the first n codebooks, n random, so that the
         first n alone are a valid codec of a lower bitrate (SoundStream, section III-C)."""
         super().__init__()
