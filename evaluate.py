@@ -599,6 +599,7 @@ def plot_curves(folders: list[str], out: Path) -> None:
         rows = read_log(folder)
         axes[0, 0].plot([row["epoch"] for row in rows], [100 * row["dev_cer"] for row in rows], marker=".", label=folder)
     axes[0, 0].set(xlabel="epoch", ylabel="dev CER %", ylim=(0, None))
+    axes[0, 0].locator_params(axis="x", integer=True)
     axes[0, 0].legend()
     fig.savefig(out / "learning.png", dpi=80)
 
