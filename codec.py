@@ -448,6 +448,8 @@ class Crops:
 
 def train(settings: CodecSettings) -> None:
     device, rank, world = start_processes(settings.device)
+    if device.type == "cpu" and settings.size == "tiny":
+        torch.set_num_threads(1)                        # so small that threads mostly wait for each other: two take twice as long
     torch.manual_seed(settings.seed)                    # same weights in all processes
     folder, train_subsets, dev_subsets, _ = corpus_subsets(settings.corpus, settings.train, settings.dev)
     files = [path for subset in train_subsets for path in find_audio(folder, subset)]
