@@ -4,7 +4,7 @@ in   a corpus of audio          synthetic speech (made on the spot), LibriSpeech
 out  runs/codec/codec.pt        weights and settings; training resumes from it
      runs/codec/report.json     how well it does on the dev audio
 
-    python codec.py                                              # synthetic corpus, about five minutes on two CPU cores
+    python codec.py                                              # synthetic corpus, about three minutes on a CPU core
     python codec.py --corpus mini-librispeech --size small       # real speech
     python codec.py --reconstruct in.wav out.wav                 # hear what the tokens keep
 

@@ -4,7 +4,7 @@ in   runs/tokens/               written by tokenize_corpus.py
 out  runs/asr/asr.pt            weights (best epoch on dev), settings, text units; training resumes from it
      runs/asr/log.jsonl         a row an epoch
 
-    python train_asr.py                                         # synthetic corpus, a few minutes on two CPU cores
+    python train_asr.py                                         # synthetic corpus, four minutes on two CPU cores
     python train_asr.py --tokens runs/tokens --size small       # LibriSpeech
 
 Legend: B utterances, T token frames, Q codebooks, D feature size, V text units, U text units of an utterance.
