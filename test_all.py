@@ -836,12 +836,14 @@ class Noises(Case):
         self.assertEqual(len(heard), 30)
         self.assertNotIn(files[0].stem.split("-")[0], {path.stem.split("-")[0] for path in heard})
 
-    def test_noise_that_cannot_be_read_is_replaced_by_other(self):
+    def test_noise_that_cannot_be_read_is_replaced_by_other_and_named_once(self):
         (self.folder / "bad.wav").write_text("no audio")
         self.assertInputError("no noise can be read: .*bad.wav", self.noise(str(self.folder)), noise(1000), "1-1-0")
         sf.write(self.folder / "good.wav", noise(500).numpy(), 16_000)
+        add = self.noise(str(self.folder))
         for name in "abcdef":
-            self.assertTrue(self.noise(str(self.folder))(noise(1000), name).isfinite().all())
+            self.assertTrue(add(noise(1000), name).isfinite().all())
+        self.assertEqual(self.output.getvalue().count("noise left out: "), 1)
 
     def test_unknown_kind_and_impossible_ratio_are_told_in_one_line(self):
         self.assertInputError("not white, pink or babble", self.noise, "brown")
@@ -1025,6 +1027,12 @@ class Training(Case):
         self.assertInputError("long enough", self.data, subsampling=2)
         self.train(epochs=1)
         self.assertRegex(self.output.getvalue(), "train-1, train-2")
+
+    def test_ctc_sees_as_many_frames_as_subsampling_leaves(self):
+        for subsampling in (2, 4):
+            token_folder(self.folder / "tokens", frames_a_letter=9)             # else a loss over frames that are not there
+            train_asr.train(self.settings(epochs=1, batch=4.0, subsampling=subsampling, out=str(self.folder / f"asr-{subsampling}")))
+            self.assertTrue((self.folder / f"asr-{subsampling}" / "asr.pt").exists())
 
     def test_utterance_too_long_for_memory_is_dropped_and_named(self):
         token_folder(self.folder / "tokens", ["NINE MEN", "TEN " * 1000])       # 0.7 s, 300 s
