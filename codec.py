@@ -113,9 +113,9 @@ def conv(channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> n
 class Residual(nn.Module):
     """y + conv(act(conv(act(y)))), (B, C, T) -> (B, C, T)."""
 
-    def __init__(self, channels: int, inner: int):
+    def __init__(self, channels: int, inner: int, act: type = nn.ELU):
         super().__init__()
-        self.body = nn.Sequential(nn.ELU(), conv(channels, inner, 3), nn.ELU(), conv(inner, channels, 1))
+        self.body = nn.Sequential(act(), conv(channels, inner, 3), act(), conv(inner, channels, 1))
 
     def forward(self, y: Tensor) -> Tensor:
         return y + self.body(y)
@@ -163,15 +163,31 @@ class TimeEncoder(nn.Sequential):
     """wav (B, S) -> latent (B, D, T): SEANet (EnCodec, arXiv 2210.13438) without its LSTM.
 
     Each stride shortens the time axis and doubles the channels; a residual unit refines the result. SEANet's first
-    convolution and residual unit work at the full sample rate, where they cost most: left out."""
+    convolution and residual unit work at the full sample rate, where they cost most: left out.
+    Three things make it learn within minutes what a log-mel spectrum gives away, energy in bands of frequency: units
+    that rectify however quiet the sound is (SEANet's ELU is nearly a straight line about 0), weights that keep the
+    signal's size from layer to layer (torch's own shrink it below the biases), and a norm of each frame, so that
+    quiet ones are not all rounded to the same code."""
 
     def __init__(self, dim: int, strides: tuple, time_channels: int, **_):
+        act = partial(nn.LeakyReLU, 0.1)
         layers, channels = [Waveform(), conv(1, 2 * time_channels, 8, strides[0])], 2 * time_channels
         for stride in strides[1:]:
-            layers += [Residual(channels, channels // 2), nn.ELU(), conv(channels, 2 * channels, 2 * stride, stride)]
+            layers += [Residual(channels, channels // 2, act), act(), conv(channels, 2 * channels, 2 * stride, stride)]
             channels *= 2
-        super().__init__(*layers, Residual(channels, channels // 2), nn.ELU(), conv(channels, dim, 3),
+        super().__init__(*layers, FrameNorm(channels), Residual(channels, channels // 2, act), act(), conv(channels, dim, 3),
                          nn.BatchNorm1d(dim, affine=False))
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv1d):
+                nn.init.kaiming_normal_(layer.weight, 0.1)
+                nn.init.zeros_(layer.bias)
+
+
+class FrameNorm(nn.LayerNorm):
+    """LayerNorm over the channels of a frame. (B, C, T) -> (B, C, T)."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        return super().forward(y.transpose(1, 2)).transpose(1, 2)
 
 
 class Waveform(nn.Module):
