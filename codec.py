@@ -60,7 +60,7 @@ def option(default, help, **more):
 
 
 # widths of the three parts; `small` trains on a laptop, `base` wants a GPU
-SIZES = {"tiny":  dict(time_channels=8, mel_channels=128, decoder_channels=128, blocks=2),
+SIZES = {"tiny":  dict(time_channels=12, mel_channels=128, decoder_channels=128, blocks=2),
          "small": dict(time_channels=16, mel_channels=192, decoder_channels=256, blocks=4),
          "base":  dict(time_channels=32, mel_channels=384, decoder_channels=512, blocks=6)}
 

@@ -259,7 +259,7 @@ def evaluate(settings: EvalSettings) -> None:
         score, summary = judge(recogniser, data, settings.seed)
         report["test"][subset] = summary
         page += table_row(subset, summary)
-        details += f"\n### {subset}\n" + languages_table(summary) + examples(score)
+        details += f"\n### {subset}\n" + remarks(summary) + examples(score)
         for kind in settings.noise:
             for snr in settings.snr:
                 noisy = degrade(recogniser, data, kind, snr, settings)
@@ -287,12 +287,15 @@ def save_report(folder: str, name: str, report: dict | list, page: str) -> Path:
     return out
 
 
-def languages_table(summary: dict) -> str:
+def remarks(summary: dict) -> str:
+    """What only some test sets have: letters that the recogniser has never seen, several languages."""
+    unknown = (f"\n{summary['unknown_characters']} characters of the transcripts are not among the text units: they cannot be written, "
+               f"and count as errors.\n" if summary["unknown_characters"] else "")
     if "cer_by_language" not in summary:
-        return ""
+        return unknown
     rows = "".join(f"| {lang} | {percent(cer, bounds)} |\n" for lang, (cer, *bounds) in summary["cer_by_language"].items())
     accuracy = f"\nlanguage identified: {100 * summary['language_accuracy']:.1f} %\n" if "language_accuracy" in summary else ""
-    return f"\n| language | CER % (95 %) |\n|---|---|\n{rows}| mean | {100 * summary['cer_language_mean']:.1f} |\n{accuracy}"
+    return unknown + f"\n| language | CER % (95 %) |\n|---|---|\n{rows}| mean | {100 * summary['cer_language_mean']:.1f} |\n{accuracy}"
 
 
 def degrade(recogniser: Recogniser, data: TokenSet, kind: str, snr: float, settings: EvalSettings) -> TokenSet:

@@ -1192,6 +1192,17 @@ class Evaluation(Case):
         self.assertEqual([summary[kind] for kind in ("substitutions", "deletions", "insertions")], [1, 1, 1])
         self.assertEqual(evaluate.Score(refs, refs).summary()["wer_interval"], [0, 0])
 
+    def test_languages_are_scored_apart_and_letters_never_seen_are_counted(self):
+        text = Text.train([{"text": "ONE DOS ZWEI"}], TrainSettings())
+        recogniser = mock.Mock(return_value=(["<en> ONE", "<es> DOS", "<en> ZWEI"], 1.0), settings={"lang_token": True}, text=text)
+        data = mock.Mock(rows=[{"text": words, "lang": lang, "duration": 1.0} for words, lang in (("ONE", "en"), ("DOS", "es"), ("ZWÄI", "es"))])
+        _, summary = evaluate.judge(recogniser, data, 0)
+        self.assertEqual({lang: cer for lang, (cer, *_) in summary["cer_by_language"].items()}, {"en": 0, "es": 1 / 7})
+        self.assertAlmostEqual(summary["cer_language_mean"], 1 / 14)
+        page = evaluate.remarks(summary)
+        self.assertIn("language identified: 66.7 %", page)
+        self.assertIn("1 characters of the transcripts", page)
+
     def test_interval_holds_the_rate_and_a_run_does_not_differ_from_itself(self):
         rng = np.random.default_rng(0)
         counts = np.stack([rng.binomial(20, 0.3, 400), np.full(400, 20)], 1)
