@@ -622,12 +622,12 @@ def plot_bitrate(report: list[dict], out: Path) -> None:
 
 
 def plot_noise(report: dict, out: Path) -> None:
-    """CER against signal-to-noise ratio; the dashed line is clean speech."""
+    """CER against signal-to-noise ratio."""
     fig, axes = figure(1, 6.5, 3.2)
     for kind in sorted({key.split(", ")[1].rsplit(" ", 2)[0] for key in report if ", " in key}):
         points = sorted((float(key.rsplit(" ", 2)[1]), 100 * value["cer"]) for key, value in report.items() if f", {kind} " in key)
-        axes[0, 0].plot(*zip(*points), marker="o", label=kind)
-    axes[0, 0].axhline(100 * next(iter(report.values()))["cer"], linestyle="--", color="0.5")
+        axes[0, 0].plot(*zip(*points), marker="o", label=Path(kind).name)
+    axes[0, 0].axhline(100 * next(iter(report.values()))["cer"], linestyle="--", color="0.5", label="clean")
     axes[0, 0].set(xlabel="signal-to-noise ratio, dB", ylabel="CER %", ylim=(0, None))
     axes[0, 0].legend()
     fig.savefig(out / "noise.png", dpi=80)
