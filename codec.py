@@ -60,7 +60,7 @@ def option(default, help, **more):
 
 
 # widths of the three parts; `small` trains on a laptop, `base` wants a GPU
-SIZES = {"tiny":  dict(time_channels=12, mel_channels=128, decoder_channels=128, blocks=2),
+SIZES = {"tiny":  dict(time_channels=8, mel_channels=128, decoder_channels=128, blocks=2),
          "small": dict(time_channels=16, mel_channels=192, decoder_channels=256, blocks=4),
          "base":  dict(time_channels=32, mel_channels=384, decoder_channels=512, blocks=6)}
 
@@ -175,8 +175,8 @@ class TimeEncoder(nn.Sequential):
         for stride in strides[1:]:
             layers += [Residual(channels, channels // 2, act), act(), conv(channels, 2 * channels, 2 * stride, stride)]
             channels *= 2
-        super().__init__(*layers, FrameNorm(channels), Residual(channels, channels // 2, act), act(), conv(channels, dim, 3),
-                         nn.BatchNorm1d(dim, affine=False))
+        super().__init__(*layers, FrameNorm(channels), *(Residual(channels, channels, act) for _ in range(2)), act(),
+                         conv(channels, dim, 3), nn.BatchNorm1d(dim, affine=False))
         for layer in self.modules():
             if isinstance(layer, nn.Conv1d):
                 nn.init.kaiming_normal_(layer.weight, 0.1)
@@ -253,9 +253,9 @@ class Codec(nn.Module):
     # Encoding works through windows whose shapes follow from an utterance's own length: its tokens are then the same
     # bits alone and in any batch (a convolution rounds differently for another shape), memory is bounded however long
     # the recording, and the working set stays in the processor's cache.
-    # Token frames kept of each window, and seen on each side of them: no less than the encoder sees (mel 7.5, time 3).
+    # Token frames kept of each window, and seen on each side of them: no less than the encoder sees (mel 7.5, time 4.9).
     # The mel encoder is the cheaper one: what a call costs whatever its length needs more frames to be small beside it.
-    WINDOWS = {"mel": (496, 8), "time": (240, 4)}
+    WINDOWS = {"mel": (496, 8), "time": (240, 5)}
     ROUND = 32                                  # the last window is as short as a multiple of this allows
 
     def __init__(self, settings: CodecSettings):
