@@ -95,6 +95,7 @@ class TokenEmbedding(nn.Module):
         if self.aggregate == "stack":
             emb = F.embedding(rows, self.tables) * weights.flatten(0, 1)[..., None]
             return emb.view(*tokens.shape[:2], -1)
+        # CodecASR normalises what comes out, which makes the mean the same model as the sum; the paper speaks of averaging.
         emb = F.embedding_bag(rows, self.tables, mode="sum", per_sample_weights=weights.flatten(0, 1))
         return emb.view(*tokens.shape[:2], -1) / (tokens.shape[2] if self.aggregate == "mean" else 1)
 
@@ -165,7 +166,8 @@ class ConformerBlock(nn.Module):
 class CodecASR(nn.Module):
     """Tokens to log-probabilities of text units.
 
-        model = CodecASR(vocab_size=32, codebooks=torch.from_numpy(np.load("codebooks.npy")))
+        model = CodecASR(vocab_size=32, num_codebooks=8, codebook_size=1000, dim=32)
+        model.start_from(torch.from_numpy(np.load("codebooks.npy")), sample)        # sample (N, Q): some of the training tokens
         log_probs, out_len = model(tokens, token_len)       # (B, T, Q), (B,) -> (B, T', V), (B,)
     """
 
@@ -191,13 +193,10 @@ class CodecASR(nn.Module):
         then sets the mean and deviation by which the embedding is normalised."""
         if codebooks is not None:
             self.embedding.tables.copy_(codebooks[:self.num_codebooks].flatten(0, 1))
-        emb = self.embed(sample[None], torch.ones(1, *sample.shape)) if self.embedding else sample.float()[None]
+        emb = self.embedding(sample[None], torch.ones(1, *sample.shape)) if self.embedding else sample.float()[None]
         self.mean.copy_(emb.mean((0, 1)))
         # A dimension that never moves (a codebook dropped, a silent band) must not be blown up.
         self.deviation.copy_(emb.std((0, 1)).clamp(min=1e-2 * emb.std()))
-
-    def embed(self, tokens: Tensor, weights: Tensor) -> Tensor:
-        return self.embedding(tokens.long(), weights)
 
     def forward(self, tokens: Tensor, token_len: Tensor) -> tuple[Tensor, Tensor]:
         """tokens (B, T, Q) of any integer type, or features (B, T, D) -> log_probs (B, T', V), out_len (B,)."""

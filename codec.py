@@ -3,6 +3,7 @@
 in   a corpus of audio          synthetic speech (made on the spot), LibriSpeech, or any folder; no transcripts needed
 out  runs/codec/codec.pt        weights and settings; training resumes from it
      runs/codec/report.json     how well it does on the dev audio
+     runs/codec/log.jsonl       a row a hundred steps
 
     python codec.py                                              # synthetic corpus, about three minutes on a CPU core
     python codec.py --corpus mini-librispeech --size small       # real speech
@@ -11,8 +12,8 @@ out  runs/codec/codec.pt        weights and settings; training resumes from it
 wav (B, S) -> encoder -> latent (B, D, T) -> quantizer -> tokens (B, Q, T) -> latent -> decoder -> wav (B, S)
 Legend: B utterances, S samples, T token frames, D latent size, Q codebooks, C channels, M mel bands.
 
-Dhawan et al., arXiv 2407.03495, section 2. Encoders and losses follow NVIDIA's published recipes (NeMo
-audio_codec_16000 and mel_codec); the decoder is Vocos (arXiv 2306.00814) instead of HiFi-GAN, for all four codecs:
+Dhawan et al., arXiv 2407.03495, section 2. The mel encoder and the losses follow NVIDIA's published recipes
+(NeMo audio_codec_16000 and mel_codec), the time encoder departs from SEANet where its class says; the decoder is Vocos (arXiv 2306.00814) instead of HiFi-GAN, for all four codecs:
 it works at frame rate, so that a codec can be trained without a GPU.
 """
 
@@ -95,8 +96,8 @@ class CodecSettings:
         for name in ("codebooks", "steps", "batch", "crop", "lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"--{name} {getattr(self, name)}: must be above 0")
-        if self.encoder == "time" and self.strides[0] > 8:
-            raise InputError(f"--strides {self.strides[0]} ...: the first convolution of --encoder time spans 8 samples; begin with at most 8")
+        if self.encoder == "time" and (self.strides[0] > 8 or 1 in self.strides[1:]):
+            raise InputError(f"--strides {' '.join(map(str, self.strides))}: --encoder time begins with at most 8, and goes on with at least 2")
         if self.seed < 0 or self.crop > 100:
             raise InputError("--seed must be at least 0, --crop at most 100 seconds")
 
@@ -113,7 +114,7 @@ def conv(channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> n
 class Residual(nn.Module):
     """y + conv(act(conv(act(y)))), (B, C, T) -> (B, C, T)."""
 
-    def __init__(self, channels: int, inner: int, act: type = nn.ELU):
+    def __init__(self, channels: int, inner: int, act=nn.ELU):
         super().__init__()
         self.body = nn.Sequential(act(), conv(channels, inner, 3), act(), conv(inner, channels, 1))
 
@@ -164,10 +165,11 @@ class TimeEncoder(nn.Sequential):
 
     Each stride shortens the time axis and doubles the channels; a residual unit refines the result. SEANet's first
     convolution and residual unit work at the full sample rate, where they cost most: left out.
-    Three things make it learn within minutes what a log-mel spectrum gives away, energy in bands of frequency: units
-    that rectify however quiet the sound is (SEANet's ELU is nearly a straight line about 0), weights that keep the
-    signal's size from layer to layer (torch's own shrink it below the biases), and a norm of each frame, so that
-    quiet ones are not all rounded to the same code."""
+    Four changes make it learn within minutes what a log-mel spectrum gives away, energy in bands of frequency: LeakyReLU,
+    which rectifies however quiet the sound is (SEANet's ELU is nearly a straight line about 0); He initialisation,
+    which keeps the signal's size from layer to layer (torch's own shrinks it below the biases); a LayerNorm of each
+    frame, so that quiet ones are not all rounded to the same code; and two wide residual units at the token rate,
+    where they are cheap."""
 
     def __init__(self, dim: int, strides: tuple, time_channels: int, **_):
         act = partial(nn.LeakyReLU, 0.1)
@@ -253,8 +255,8 @@ class Codec(nn.Module):
     # Encoding works through windows whose shapes follow from an utterance's own length: its tokens are then the same
     # bits alone and in any batch (a convolution rounds differently for another shape), memory is bounded however long
     # the recording, and the working set stays in the processor's cache.
-    # Token frames kept of each window, and seen on each side of them: no less than the encoder sees (mel 7.5, time 4.9).
-    # The mel encoder is the cheaper one: what a call costs whatever its length needs more frames to be small beside it.
+    # Token frames kept of each window, and context on each side: no less than the encoder sees (at most mel 7.5, time 4.9).
+    # The mel encoder is cheap, so it takes longer windows to outweigh the fixed cost of a call.
     WINDOWS = {"mel": (496, 8), "time": (240, 5)}
     ROUND = 32                                  # the last window is as short as a multiple of this allows
 
@@ -313,7 +315,7 @@ class Codec(nn.Module):
                 places[min(self.window, -(-(frames - start) // self.ROUND) * self.ROUND)].append((i, start))
         for length, those in places.items():
             parts = [wav[i, start * self.hop:(start + length + 2 * self.context) * self.hop] for i, start in those]
-            size = 1 if wav.device.type == "cpu" else 64
+            size = 1 if wav.device.type == "cpu" else 64        # on a GPU one by one would be slow; a few tokens may differ there
             for at in range(0, len(those), size):
                 kept = encode(torch.stack(parts[at:at + size]))[..., self.context:-self.context]    # (n, Q or D, length)
                 if out is None:

@@ -2,6 +2,7 @@
 
 in   runs/asr/asr.pt, and the tokens that it was trained on
 out  runs/eval/report.json, report.md       word and character error rates with intervals, and examples
+     (compare, content, benchmark: likewise; pictures with --plots)
 
     python evaluate.py                                                  # the test subsets of the trained run
     python evaluate.py --audio talk.mp3                                 # transcribe
@@ -171,11 +172,11 @@ class Score:
         return np.array([errors, [len(ref) for ref in result.references]]).T, totals
 
     def summary(self, seed: int = 0) -> dict:
-        return {"utterances": len(self.refs), "wer": rate(self.words), "wer_interval": interval(self.words, seed),
-                "cer": rate(self.chars), "cer_interval": interval(self.chars, seed), "words": int(self.words[:, 1].sum()), **self.kinds}
+        return {"utterances": len(self.refs), "wer": error_rate(self.words), "wer_interval": interval(self.words, seed),
+                "cer": error_rate(self.chars), "cer_interval": interval(self.chars, seed), "words": int(self.words[:, 1].sum()), **self.kinds}
 
 
-def rate(counts: np.ndarray) -> float:
+def error_rate(counts: np.ndarray) -> float:
     """(..., N, 2) errors and lengths -> error rate."""
     return float(counts[:, 0].sum() / counts[:, 1].sum())
 
@@ -223,14 +224,14 @@ def judge(recogniser: Recogniser, data: TokenSet, seed: int) -> tuple[Score, dic
     languages = sorted({row["lang"] for row in data.rows} - {""})
     if len(languages) > 1:
         of = np.array([row["lang"] for row in data.rows])
-        summary["cer_by_language"] = {lang: [rate(score.chars[of == lang]), *interval(score.chars[of == lang], seed)] for lang in languages}
+        summary["cer_by_language"] = {lang: [error_rate(score.chars[of == lang]), *interval(score.chars[of == lang], seed)] for lang in languages}
         summary["cer_language_mean"] = float(np.mean([cer for cer, *_ in summary["cer_by_language"].values()]))
         if recogniser.settings["lang_token"]:
             summary["language_accuracy"] = float(np.mean([guess == lang for guess, lang in zip(guesses, of)]))
     return score, summary
 
 
-HEADER = ("| test | utterances | WER % (95 %) | CER % (95 %) | sub / del / ins | real-time factor |\n"
+HEADER = ("| test | utterances | WER % (95 %) | CER % (95 %) | sub / del / ins | real-time factor, tokens to text |\n"
           "|---|---|---|---|---|---|\n")
 
 

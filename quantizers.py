@@ -84,7 +84,8 @@ class ResidualVQ(nn.Module):
             self.initialise(frames.detach()[mask > 0])
         depth = self.random_depth(batch, latent.device)         # (B,) codebooks that each utterance uses
 
-        # Residuals are detached: each level's commitment loss then reaches the encoder once, at full strength.
+        # Residuals are detached: each level's commitment loss then reaches the encoder once, at full strength; otherwise
+        # only the first level's does (encodec issue 25).
         residual = frames.detach().reshape(-1, self.dim)        # (N, D)
         flat, quantised, loss, tokens = frames.reshape(-1, self.dim), torch.zeros_like(residual), 0.0, []
         for level in range(self.num_codebooks):
@@ -98,7 +99,7 @@ class ResidualVQ(nn.Module):
             quantised = quantised + code * active[:, None]
             residual = residual - code
             tokens.append(index.view(batch, time))
-        # One straight-through on the sum: one a level would multiply the decoder's gradient by Q (encodec issue 25).
+        # One straight-through on the sum: one a level would multiply the decoder's gradient by Q.
         out = flat + (quantised - flat).detach()
         tokens = torch.stack(tokens, 1)
         out = out.view(batch, time, -1).transpose(1, 2)
@@ -192,7 +193,7 @@ def from_rank_0(tensor: Tensor) -> None:
 class GroupFSQ(nn.Module):
     """The latent is cut into groups of a few numbers, and each number is rounded to one of a few levels.
 
-    Nothing is learnt and nothing can collapse. The codebook of a group is implicit: its K = prod(levels) points.
+    Nothing is learnt, so no code can die. The codebook of a group is implicit: its K = prod(levels) points.
     Always in float32: in bfloat16 half of the indices come out wrong.
     """
 
@@ -220,7 +221,7 @@ class GroupFSQ(nn.Module):
         (..., d) floats -> (..., d) floats between 0 and levels - 1, not yet rounded (Mentzer et al., section 3.1)."""
         half = (self.width - 1) * (1 + 1e-3) / 2
         offset = torch.where(self.width % 2 == 0, 0.5, 0.0)
-        shift = torch.atanh(offset / half)                      # keeps latent 0 in the middle of the range
+        shift = torch.atanh(offset / half)                      # latent 0 becomes value 0
         return torch.tanh(groups + shift) * half - offset + self.width // 2
 
     def values(self, digits: Tensor) -> Tensor:

@@ -895,14 +895,14 @@ class Recogniser(Case):
             for aggregate, scale in (("sum", 1), ("mean", 4)):
                 model = self.model(num_codebooks=4, codebook_size=quantizer.codebook_size, dim=16, aggregate=aggregate)
                 model.start_from(quantizer.codebooks(), frames.flatten(0, 1))
-                emb = model.embed(frames, torch.ones(frames.shape))                             # (B, T, D)
+                emb = model.embedding(frames, torch.ones(frames.shape))                             # (B, T, D)
                 self.assertClose(scale * emb.transpose(1, 2), quantizer.decode(tokens))
                 normal = (emb - model.mean) / model.deviation
                 self.assertClose(normal.mean((0, 1)), torch.zeros(16), atol=1e-4)
                 self.assertClose(normal.std((0, 1)), torch.ones(16), atol=1e-3)
             first = self.model(num_codebooks=2, codebook_size=quantizer.codebook_size, dim=16)
             first.start_from(quantizer.codebooks(), frames[..., :2].flatten(0, 1))
-            emb = first.embed(frames[..., :2], torch.ones(2, 30, 2))
+            emb = first.embedding(frames[..., :2], torch.ones(2, 30, 2))
             self.assertClose(emb.transpose(1, 2), quantizer.decode(tokens[:, :2]))
 
     def test_attention_knows_the_order_of_frames(self):
@@ -1207,8 +1207,8 @@ class Evaluation(Case):
         rng = np.random.default_rng(0)
         counts = np.stack([rng.binomial(20, 0.3, 400), np.full(400, 20)], 1)
         low, high = evaluate.interval(counts, 0)
-        self.assertLess(low, evaluate.rate(counts))
-        self.assertGreater(high, evaluate.rate(counts))
+        self.assertLess(low, evaluate.error_rate(counts))
+        self.assertGreater(high, evaluate.error_rate(counts))
         self.assertAlmostEqual(high - low, 2 * 1.96 * math.sqrt(0.3 * 0.7 / 8000), delta=0.004)         # of a binomial
         self.assertEqual(evaluate.paired(counts, counts, 0), [0, 0])
         self.assertGreater(evaluate.paired(counts + [1, 0], counts, 0)[0], 0)

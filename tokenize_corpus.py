@@ -237,7 +237,7 @@ class Encodec:
         self.num_codebooks = model.quantizer.get_num_quantizers_for_bandwidth(model.frame_rate, kbps)
         self.hop, self.bitrate = int(np.prod(model.encoder.ratios)), kbps * 1000
         self.fingerprint = f"encodec-{kbps:g}"
-        self.quantizer = self               # codebooks() and the three sizes below are found where our Codec has them
+        self.quantizer = self               # codebooks() and its sizes are found where our Codec has them
 
     def codebooks(self) -> Tensor:
         return torch.stack([layer._codebook.embed for layer in self.model.quantizer.vq.layers[:self.num_codebooks]])

@@ -7,7 +7,7 @@ out  runs/asr/asr.pt            weights (best epoch on dev), settings, text unit
     python train_asr.py                                         # synthetic corpus, four minutes on two CPU cores
     python train_asr.py --tokens runs/tokens --size small       # LibriSpeech
 
-Legend: B utterances, T token frames, Q codebooks, D feature size, V text units, U text units of an utterance.
+Legend: B utterances, T token frames, T' output frames, Q codebooks, D feature size, V text units with the blank.
 Dhawan et al., arXiv 2407.03495, section 3. The codec is not imported: all that is needed of it is on disk.
 """
 
@@ -265,7 +265,7 @@ class TrainSet(TokenSet):
         for (noisy, which), kinds in zip(draws, self.variants.values()):
             kind = bool(kinds[True]) and (noisy < self.settings.noisy_share * strength or not kinds[False])
             picked.append(kinds[kind][int(which * len(kinds[kind]))])
-        # The first epoch goes from short to long: CTC finds its first alignments there (Deep Speech 2, section 3.2).
+        # The first epoch goes from short to long: CTC finds its first alignments there (Deep Speech 2, section 3.3).
         return self.batches(torch.tensor(picked), frames, generator if number else None)
 
 
@@ -313,7 +313,7 @@ def train(settings: TrainSettings) -> None:
         groups = data.epoch(epoch, frames, strength)
         losses, bar = [], tqdm(groups, desc=f"epoch {epoch + 1}/{settings.epochs}", leave=False, disable=rank > 0)
         for number, group in enumerate(bar):
-            lr = settings.lr * rate((epoch + number / len(groups)) / settings.epochs)
+            lr = settings.lr * lr_share((epoch + number / len(groups)) / settings.epochs)
             model.augment.strength = ramp(step, settings)
             torch.manual_seed((settings.seed * 1_000_000 + step) * world + rank)        # a resumed run draws the same
             losses.append(train_step(net, optimiser, data, group, lr, device, rank, world))
@@ -374,7 +374,7 @@ def ramp(step: int, settings: TrainSettings) -> float:
     return min(1.0, step / settings.curriculum) if settings.curriculum else 1.0
 
 
-def rate(progress: float) -> float:
+def lr_share(progress: float) -> float:
     """Learning rate as a share of its peak: warm-up over a twelfth of the run, then a half cosine to 0."""
     return min(1.0, 12 * progress + 1e-3) * (0.5 + 0.5 * math.cos(math.pi * progress))
 
@@ -428,6 +428,7 @@ def cpu_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------- plumbing
+# Much of it stands in codec.py too, on purpose: this stage needs nothing of the codec but what is on disk.
 
 FORMAT = 1              # of checkpoints; raised when their contents change
 
