@@ -629,7 +629,7 @@ def plot_noise(report: dict, out: Path) -> None:
         points = sorted((float(key.rsplit(" ", 2)[1]), 100 * value["cer"]) for key, value in report.items() if f", {kind} " in key)
         axes[0, 0].plot(*zip(*points), marker="o", label=Path(kind).name)
     axes[0, 0].axhline(100 * next(iter(report.values()))["cer"], linestyle="--", color="0.5", label="clean")
-    axes[0, 0].set(xlabel="signal-to-noise ratio, dB", ylabel="CER %", ylim=(0, None))
+    axes[0, 0].set(xlabel="signal-to-noise ratio, dB", ylabel="CER %", ylim=(0, 105))
     axes[0, 0].legend()
     fig.savefig(out / "noise.png", dpi=80)
 
