@@ -1343,6 +1343,7 @@ tokenize_corpus.main(["--corpus", corpus, "--codec", trained, "--workers", "0", 
 train_asr.main(["--tokens", tokens, "--epochs", "2", "--batch", "100", "--dropout", "0", "--time-masks", "0", "--codebook-masks", "0",
                 "--feature-masks", "0", "--device", "cpu", "--out", f"{out}/asr"])
 json.dump([loss.item() for loss in losses], open(f"{out}/losses{rank}.json", "w"))
+codec.stop_processes()
 """
 
 
