@@ -139,7 +139,8 @@ class Convolution(nn.Module):
         y = F.glu(self.gate(self.norm(y)), -1) * real               # padding must be 0 where a kernel reaches it
         # As an image one pixel high, whose channels lie side by side in memory as they do in y: many times as fast on a CPU.
         conv = self.depthwise
-        y = F.conv2d(y.transpose(1, 2)[:, :, None], conv.weight[:, :, None], conv.bias, padding=(0, *conv.padding), groups=conv.groups)
+        kernels = conv.weight.flatten(1)[:, None, None]             # by way of (C, kernel): DDP warns of other strides
+        y = F.conv2d(y.transpose(1, 2)[:, :, None], kernels, conv.bias, padding=(0, *conv.padding), groups=conv.groups)
         y = y[:, :, 0].transpose(1, 2)
         return self.out(F.silu(self.after(y)))
 
