@@ -13,8 +13,9 @@ wav (B, S) -> encoder -> latent (B, D, T) -> quantizer -> tokens (B, Q, T) -> la
 Legend: B utterances, S samples, T token frames, D latent size, Q codebooks, C channels, M mel bands.
 
 Dhawan et al., arXiv 2407.03495, section 2. The mel encoder and the losses follow NVIDIA's published recipes
-(NeMo audio_codec_16000 and mel_codec), the time encoder departs from SEANet where its class says; the decoder is Vocos (arXiv 2306.00814) instead of HiFi-GAN, for all four codecs:
-it works at frame rate, so that a codec can be trained without a GPU.
+(NeMo audio_codec_16000 and mel_codec), the time encoder departs from SEANet where its class says; the decoder is
+Vocos (arXiv 2306.00814) instead of HiFi-GAN, for all four codecs: it works at frame rate, so that a codec can be
+trained without a GPU.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -255,7 +257,8 @@ class Codec(nn.Module):
     # Encoding works through windows whose shapes follow from an utterance's own length: its tokens are then the same
     # bits alone and in any batch (a convolution rounds differently for another shape), memory is bounded however long
     # the recording, and the working set stays in the processor's cache.
-    # Token frames kept of each window, and context on each side: no less than the encoder sees (at most mel 7.5, time 4.9).
+    # Token frames kept of each window, and context on each side: no less than the encoder sees (mel 7.5, time 4.9 at the usual
+    # strides; where a token is much shorter, those beside a seam are found with a little less context).
     # The mel encoder is cheap, so it takes longer windows to outweigh the fixed cost of a call.
     WINDOWS = {"mel": (496, 8), "time": (240, 5)}
     ROUND = 32                                  # the last window is as short as a multiple of this allows
@@ -421,7 +424,7 @@ class Crops:
         self.length = max(2, round(settings.crop * SAMPLE_RATE / settings.hop)) * settings.hop
         self.cache, self.room = {}, 2 << 30             # decoded audio as int16, up to 2 GiB
         self.unreadable: dict[Path, str] = {}
-        self.odd = Counter()                            # what is strange about how many files
+        self.odd: dict[Path, list[str]] = {}            # what is strange about a file
 
     def read(self, path: Path) -> np.ndarray | None:
         if path not in self.cache and path not in self.unreadable:
@@ -430,9 +433,9 @@ class Crops:
             except InputError as error:
                 self.unreadable[path] = str(error)
                 return None
-            self.odd.update(name for name, found in (
+            self.odd[path] = [name for name, found in (
                 ("silent", np.abs(wav).max() < 30), ("clipped", np.mean(np.abs(wav) > 32700) > 0.01),
-                ("shifted off zero", abs(wav.mean()) > 1000)) if found)
+                ("shifted off zero", abs(wav.mean()) > 1000)) if found]
             if self.room < wav.nbytes:
                 return wav
             self.cache[path], self.room = wav, self.room - wav.nbytes
@@ -461,7 +464,8 @@ class Crops:
     def __call__(self, step: int, rank: int, world: int) -> Tensor:
         """This process's share of a step's crops: (batch / world, crop)."""
         numbers = range(step * self.batch + rank, (step + 1) * self.batch, world)
-        return torch.from_numpy(np.stack([self.crop(number) for number in numbers]))
+        wav = torch.from_numpy(np.stack([self.crop(number) for number in numbers]))
+        return wav.pin_memory() if torch.cuda.is_available() else wav
 
 
 def train(settings: CodecSettings) -> None:
@@ -495,18 +499,19 @@ def train(settings: CodecSettings) -> None:
     with ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(crops, start, rank, world)
         for step in bar:
-            wav, ahead = ahead.result().to(device), reader.submit(crops, step + 1, rank, world)
+            wav, ahead = ahead.result().to(device, non_blocking=True), reader.submit(crops, step + 1, rank, world)
             torch.manual_seed((settings.seed * 1_000_000 + step) * world + rank)    # a resumed run draws the same
             recent.append(train_step(nets, optimisers, mel_distance, wav, step, settings))
             if (step + 1) % CHECK_EVERY == 0 or step + 1 == settings.steps:
                 check_finite(recent, step + 1, crops)
                 log_and_save(recent, step + 1, settings, nets, optimisers, log, bar, rank)
                 recent.clear()
+    unreadable, odd = ({path: why for one in everyone(mine) for path, why in one.items()} for mine in (crops.unreadable, crops.odd))
     if rank == 0:
         report(codec, dev_files, out)
-        for why in crops.unreadable.values():
+        for why in unreadable.values():
             print(f"skipped: {why}")
-        for name, count in crops.odd.items():
+        for name, count in Counter(name for names in odd.values() for name in names).items():
             print(f"odd: {count} of {len(files)} files are {name}")
         if len(files) < 10:
             print(f"odd: so few files to train on ({len(files)}) that the codec will hardly fit other voices")
@@ -547,6 +552,15 @@ def average(value: Tensor) -> float:
     return value.item()
 
 
+def everyone(mine) -> list:
+    """What each process has, in order of rank."""
+    all_of_them = [mine]
+    if dist.is_initialized():
+        all_of_them *= dist.get_world_size()
+        dist.all_gather_object(all_of_them, mine)
+    return all_of_them
+
+
 def check_finite(recent, step: int, crops: Crops) -> None:
     good = torch.stack([sum(losses.values()) for losses, _ in recent]).isfinite().tolist()
     if False in good:
@@ -557,10 +571,10 @@ def check_finite(recent, step: int, crops: Crops) -> None:
 
 def log_and_save(recent, step: int, settings, nets, optimisers, log: list, bar, rank: int) -> None:
     losses = {name: average(torch.stack([row[name] for row, _ in recent]).mean()) for name in recent[0][0]}
+    tokens = torch.cat(everyone(torch.cat([tokens for _, tokens in recent[-50:]]).cpu()))
     if rank:
         return
     codec = getattr(nets[0], "module", nets[0])
-    tokens = torch.cat([tokens for _, tokens in recent[-50:]])
     size = codec.quantizer.codebook_size
     usage, perplexity = usage_and_perplexity(tokens, torch.ones_like(tokens[:, 0]).float(), size)
     bar.write(f"step {step} | " + " | ".join(f"{name} {value:.3f}" for name, value in losses.items())
@@ -691,11 +705,11 @@ def first_process() -> bool:
 
 
 def find_audio(folder: Path, subset: str) -> list[Path]:
-    """The audio files of a subset: of its folder (however deep), or of its manifest <subset>.jsonl."""
-    if (folder / subset).is_dir():
-        return sorted(path for path in (folder / subset).rglob("*") if path.suffix.lower() in AUDIO_ENDINGS)
+    """The audio files of a subset: of its manifest <subset>.jsonl, or else of its folder (however deep)."""
     if (folder / f"{subset}.jsonl").is_file():
         return [folder / row["audio_filepath"] for row in read_manifest(folder / f"{subset}.jsonl")[0]]
+    if (folder / subset).is_dir():
+        return sorted(path for path in (folder / subset).rglob("*") if path.suffix.lower() in AUDIO_ENDINGS)
     raise InputError(f"{folder}: has neither a folder {subset}/ nor a manifest {subset}.jsonl; it holds: "
                      + (", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"))
 
@@ -756,6 +770,8 @@ def download(url: str, path: Path, md5: str) -> Path:
                 while block := reply.read(1 << 20):
                     file.write(block)
                     bar.update(len(block))
+            if path.stat().st_size < total:
+                raise OSError(f"broke off after {path.stat().st_size} of {total} bytes")
     except urllib.error.HTTPError as error:
         if error.code != 416:                           # 416: nothing is left to fetch
             raise InputError(f"{url}: {error}; try again later, or fetch it by hand to {path}") from None
@@ -1028,7 +1044,8 @@ def start_processes(device: str) -> tuple[torch.device, int, int]:
     """-> device, rank, number of processes; more than one where torchrun started this script."""
     device, world = pick_device(device), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        # So patient because the first process may have a corpus to download.
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=12))
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)

@@ -62,6 +62,8 @@ class EvalSettings:
     def __post_init__(self):
         if self.seed < 0 or self.beam < 0:
             raise InputError("--seed and --beam must be at least 0")
+        if self.lm and not (self.beam and Path(self.lm).is_file()):
+            raise InputError(f"--lm {self.lm}: " + ("no such file" if self.beam else "only --beam uses a language model"))
 
 
 # ---------------------------------------------------------------------------------------------------- recognising
@@ -220,7 +222,7 @@ def judge(recogniser: Recogniser, data: TokenSet, seed: int) -> tuple[Score, dic
     score = Score([row["text"] for row in data.rows], list(hyps))
     summary = score.summary(seed)
     summary["real_time_factor"] = seconds / sum(row["duration"] for row in data.rows)
-    summary["unknown_characters"] = sum(recogniser.text.encode(ref).count(0) for ref in score.refs)
+    summary["unknown_characters"] = recogniser.text.unknown(score.refs)
     languages = sorted({row["lang"] for row in data.rows} - {""})
     if len(languages) > 1:
         of = np.array([row["lang"] for row in data.rows])
@@ -254,6 +256,7 @@ def evaluate(settings: EvalSettings) -> None:
     tokens, meta = settings.tokens or recogniser.settings["tokens"], recogniser.meta
     found = train_asr.read_meta(tokens)
     check_same_tokens(settings.asr, meta, tokens, found)
+    front_end = recogniser.front_end(settings.codec) if settings.noise else None
     report, page, details = {"asr": settings.asr, "beam": settings.beam, "test": {}}, HEADER, ""
     for subset in settings.test or found["test"]:
         data = TokenSet(tokens, [subset], recogniser.settings["codebooks"])
@@ -263,7 +266,7 @@ def evaluate(settings: EvalSettings) -> None:
         details += f"\n### {subset}\n" + remarks(summary) + examples(score)
         for kind in settings.noise:
             for snr in settings.snr:
-                noisy = degrade(recogniser, data, kind, snr, settings)
+                noisy = degrade(recogniser, front_end, data, kind, snr, settings.seed)
                 _, summary = judge(recogniser, noisy, settings.seed)
                 report["test"][f"{subset}, {kind} {snr:g} dB"] = summary
                 page += table_row(f"{subset}, {kind} {snr:g} dB", summary)
@@ -299,11 +302,10 @@ def remarks(summary: dict) -> str:
     return unknown + f"\n| language | CER % (95 %) |\n|---|---|\n{rows}| mean | {100 * summary['cer_language_mean']:.1f} |\n{accuracy}"
 
 
-def degrade(recogniser: Recogniser, data: TokenSet, kind: str, snr: float, settings: EvalSettings) -> TokenSet:
+def degrade(recogniser: Recogniser, front_end: FrontEnd, data: TokenSet, kind: str, snr: float, seed: int) -> TokenSet:
     """The same utterances with noise added to their audio, encoded anew."""
-    front_end = recogniser.front_end(settings.codec)
-    noise = Noise((kind,), (snr, snr), [Path(row["audio"]) for row in data.rows], settings.seed)
-    arrays = [front_end([noise(read_audio(row["audio"]), row["id"])])[0]
+    noise = Noise((kind,), (snr, snr), [Path(row["audio"]) for row in data.rows], seed)
+    arrays = [front_end([noise(read_audio(row["audio"]), row["id"], Path(row["audio"]))])[0]
               for row in tqdm(data.rows, desc=f"{kind} {snr:g} dB", leave=False)]
     return data.with_arrays([array[:, :recogniser.settings["codebooks"] or None] for array in arrays])
 
@@ -379,7 +381,7 @@ def content(settings: EvalSettings) -> None:
         if not items or any(len(item) != 2 or not item[1].isdigit() for item in items):
             raise InputError(f"{path}: has no alignment of {row['id']}, or a damaged one; delete the corpus to make it anew")
         names, ends = zip(*items)
-        middle = (np.arange(frames) + 0.5) * meta["hop"]        # the sample in the middle of each token frame
+        middle = (np.arange(frames) + 0.5) * meta["hop"] * SAMPLE_RATE / meta["sample_rate"]    # the sample in the middle of each token frame
         phones += [names[i] for i in np.searchsorted(np.array(ends, int), middle, side="right").clip(max=len(names) - 1)]
         voices += [speaker] * frames
     phones, voices = (np.unique(labels, return_inverse=True)[1] for labels in (phones, voices))
@@ -410,7 +412,8 @@ def race(ours, usual=None, rounds: int = 5) -> tuple[float, float]:
             if function:
                 began = time.perf_counter()
                 function()
-                torch.cuda.synchronize() if torch.cuda.is_available() else None
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
                 taken.append(time.perf_counter() - began)
     return tuple(float(np.median(taken[1:])) if taken else math.nan for taken in times)
 
@@ -496,8 +499,8 @@ def benchmark(settings: EvalSettings) -> None:
         log_probs = torch.randn(8, 400, len(text), device=device)
         add("greedy decoding, 8 x 10 s", 80, lambda: text.greedy(log_probs, lengths))
         mel = LogMel(400, 160, 80)
-        on_the_fly = lambda: mel(torch.stack([read_audio(name) for name in flacs])).transpose(1, 2)             # noqa: E731
-        from_disk = lambda: torch.from_numpy(np.stack([np.load(name) for name in arrays]))                      # noqa: E731
+        on_the_fly = lambda: mel(torch.stack([read_audio(name) for name in flacs])).transpose(1, 2)
+        from_disk = lambda: torch.from_numpy(np.stack([np.load(name) for name in arrays]))
         for factor, way in ((4, "log-mel from audio, 10 ms, 4x subsampling"), (1, "log-mel from audio, 10 ms")):
             add(f"recogniser {size}, training, tokens from disk", 80, asr_training(model, from_disk, 400, device), way,
                 asr_training(CodecASR(32, 0, 0, 80, size=size, subsampling=factor).to(device), on_the_fly, 1000, device))
@@ -517,7 +520,7 @@ def benchmark_codec(add, wav: Tensor) -> None:
         add(f"codec {encoder} {quantizer} small, training step, 8 x 2 s", 16, step)
         codec.eval()
         whole = torch.inference_mode()(lambda: codec.quantizer.encode(codec.encoder(wav)))
-        single = lambda: [codec.encode(row[None]) for row in wav]                                               # noqa: E731
+        single = lambda: [codec.encode(row[None]) for row in wav]
         add(f"codec {encoder} {quantizer} small, encoding, 1 x 10 s", 10, lambda: codec.encode(wav[:1]))
         add(f"codec {encoder} {quantizer} small, encoding, 8 x 10 s", 80, lambda: codec.encode(wav), "one by one", single)
         add(f"codec {encoder} {quantizer} small, encoding, 8 x 10 s", 80, lambda: codec.encode(wav), "all at once, not in windows", whole)
@@ -625,10 +628,14 @@ def plot_bitrate(report: list[dict], out: Path) -> None:
 def plot_noise(report: dict, out: Path) -> None:
     """CER against signal-to-noise ratio."""
     fig, axes = figure(1, 6.5, 3.2)
-    for kind in sorted({key.split(", ")[1].rsplit(" ", 2)[0] for key in report if ", " in key}):
-        points = sorted((float(key.rsplit(" ", 2)[1]), 100 * value["cer"]) for key, value in report.items() if f", {kind} " in key)
-        axes[0, 0].plot(*zip(*points), marker="o", label=Path(kind).name)
-    axes[0, 0].axhline(100 * next(iter(report.values()))["cer"], linestyle="--", color="0.5", label="clean")
+    subsets = [key for key in report if ", " not in key]
+    for subset, dashes in zip(subsets, ("-", "--", ":", "-.") * len(subsets)):
+        of = f"{subset}, " if len(subsets) > 1 else ""
+        for number, kind in enumerate(dict.fromkeys(key.split(", ")[1].rsplit(" ", 2)[0] for key in report if ", " in key)):
+            points = sorted((float(key.rsplit(" ", 2)[1]), 100 * value["cer"]) for key, value in report.items()
+                            if key.startswith(f"{subset}, {kind} "))
+            axes[0, 0].plot(*zip(*points), dashes, color=f"C{number}", marker="o", label=of + Path(kind).name)
+        axes[0, 0].axhline(100 * report[subset]["cer"], linestyle=dashes, color="0.5", label=f"{of}clean")
     axes[0, 0].set(xlabel="signal-to-noise ratio, dB", ylabel="CER %", ylim=(0, 105))
     axes[0, 0].legend()
     fig.savefig(out / "noise.png", dpi=80)
@@ -636,6 +643,8 @@ def plot_noise(report: dict, out: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     settings = parse(EvalSettings, __doc__, arguments)
+    if settings.plots:
+        figure(1)                                       # no matplotlib: better told now than after the work
     if settings.audio:
         transcribe(settings)
     elif settings.compare:

@@ -20,6 +20,7 @@ import io
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -583,6 +584,17 @@ class Downloads(Case):
             self.assertEqual(partial.read_bytes(), self.archive)
             self.assertEqual(self.asked[-1], f"bytes={have}-")
 
+    def test_download_that_breaks_off_is_kept_and_continued(self):
+        self.serve()
+        whole, self.archive = self.archive, self.archive[:-20]
+        with mock.patch.object(http.server.BaseHTTPRequestHandler, "send_header",
+                               lambda handler, name, value, send=http.server.BaseHTTPRequestHandler.send_header:
+                               send(handler, name, str(len(whole)) if name == "Content-Length" else value)):
+            self.assertInputError("broke off after .* run again to continue", self.fetch)
+        self.archive = whole
+        self.assertEqual(self.fetch(), ["train-clean-5/1/1/1-1-0000.flac"])
+        self.assertEqual(self.asked, [None, f"bytes={len(whole) - 20}-"])
+
     def test_archive_that_leads_outside_is_refused(self):
         link = tarfile.TarInfo("LibriSpeech/train-clean-5/link")
         link.type, link.linkname = tarfile.SYMTYPE, "../../../../outside"
@@ -792,6 +804,16 @@ class Tokens(Case):
             (self.folder / "meta.json").write_text(text)
             self.assertInputError("give another --out", tokenize, self.folder)
 
+    def test_tokens_are_those_of_the_audio_at_hand(self):
+        corpus, out = self.folder / "corpus", self.folder / "out"
+        shutil.copytree(small_corpus(), corpus)
+        tokenize(out, "--features", "mel", corpus=corpus)
+        self.assertInputError("corpus", tokenize, out, "--features", "mel")                     # another corpus, names alike
+        changed = Path(rows(out)[0]["audio"])
+        sf.write(changed, noise(24_000).numpy(), 16_000)
+        tokenize(out, "--features", "mel", corpus=corpus)
+        self.assertEqual(rows(out)[0]["frames"], 60)
+
     def test_copies_that_would_share_a_name_are_told_in_one_line(self):
         self.assertInputError("stand for two things", tokenize, self.folder, "--features", "mel", "--speeds", "0.9", "0.9")
 
@@ -817,32 +839,32 @@ class Noises(Case):
     def test_measured_ratio_is_the_one_asked_for(self):
         wav = noise(20_000)
         for kind in ("white", "pink", "babble", str(small_corpus() / "dev")):
-            added = self.noise(kind)(wav, "1-1-0") - wav
+            added = self.noise(kind)(wav, "1-1-0", Path("1-1-0.flac")) - wav
             self.assertAlmostEqual(10 * math.log10(wav.square().mean() / added.square().mean()), 7, delta=0.01)
 
     def test_noise_follows_from_seed_and_id_alone(self):
         wav = noise(20_000)
         for kind in ("white", "pink", "babble"):
-            made = self.noise(kind, (0, 20))(wav, "1-1-0")
-            self.assertSame(self.noise(kind, (0, 20))(wav, "1-1-0"), made)
-            self.assertFalse(torch.equal(self.noise(kind, (0, 20))(wav, "1-1-1"), made))
-            self.assertFalse(torch.equal(self.noise(kind, (0, 20), seed=1)(wav, "1-1-0"), made))
+            made = self.noise(kind, (0, 20))(wav, "1-1-0", Path("1.flac"))
+            self.assertSame(self.noise(kind, (0, 20))(wav, "1-1-0", Path("1.flac")), made)
+            self.assertFalse(torch.equal(self.noise(kind, (0, 20))(wav, "1-1-1", Path("1.flac")), made))
+            self.assertFalse(torch.equal(self.noise(kind, (0, 20), seed=1)(wav, "1-1-0", Path("1.flac")), made))
 
     def test_babble_leaves_out_the_speaker(self):
         files, heard = sorted(small_corpus().rglob("*.flac")), []
         with mock.patch.object(tokenize_corpus, "read_audio", lambda path: heard.append(path) or noise(100)):
-            for _ in range(5):
-                self.noise("babble")(noise(1000), files[0].stem)
+            for name in "abcde":
+                self.noise("babble")(noise(1000), name, files[0])
         self.assertEqual(len(heard), 30)
         self.assertNotIn(files[0].stem.split("-")[0], {path.stem.split("-")[0] for path in heard})
 
     def test_noise_that_cannot_be_read_is_replaced_by_other_and_named_once(self):
         (self.folder / "bad.wav").write_text("no audio")
-        self.assertInputError("no noise can be read: .*bad.wav", self.noise(str(self.folder)), noise(1000), "1-1-0")
+        self.assertInputError("no noise can be read: .*bad.wav", self.noise(str(self.folder)), noise(1000), "a", Path("a"))
         sf.write(self.folder / "good.wav", noise(500).numpy(), 16_000)
         add = self.noise(str(self.folder))
         for name in "abcdef":
-            self.assertTrue(add(noise(1000), name).isfinite().all())
+            self.assertTrue(add(noise(1000), name, Path(name)).isfinite().all())
         self.assertEqual(self.output.getvalue().count("noise left out: "), 1)
 
     def test_unknown_kind_and_impossible_ratio_are_told_in_one_line(self):
@@ -986,7 +1008,7 @@ def token_folder(folder: Path, texts=TEXTS, frames_a_letter=3, dev=TEXTS[:2], co
             item |= {"frames": len(array), "duration": len(array) / 40, "audio": "", "array": f"{subset}/{item['id']}.npy"}
             np.save(folder / item["array"], array)
         (folder / f"{subset}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-    meta = {"format": 1, "features": "tokens", "codec": "abc", "codec_path": "", "sample_rate": 16_000, "hop": 400, "bitrate": 480.0,
+    meta = {"features": "tokens", "codec": "abc", "codec_path": "", "sample_rate": 16_000, "hop": 400, "bitrate": 480.0,
             "codebooks": 2, "codebook_size": 64, "dim": 8, "train": ["train"], "dev": ["dev"], "test": ["test"]}
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
@@ -1077,6 +1099,20 @@ class Training(Case):
         data, text = self.data(), self.text()           # of TEXTS: it has never seen an Ö
         self.assertIn(0, text.encode("NINE ÖMEN"))
         self.assertEqual(data.targets[0].tolist(), text.encode("NINE MEN"))
+        self.assertEqual((data.unknown, text.unknown(["ÖÖ NINE", "MÖN"])), (1, 3))      # each, though neighbours become one id
+
+    def test_same_id_in_two_subsets_stands_for_two_utterances(self):
+        folder = token_folder(self.folder / "tokens")
+        meta = json.loads((folder / "meta.json").read_text())
+        (folder / "more").symlink_to("train")
+        (folder / "more.jsonl").write_text((folder / "train.jsonl").read_text().replace('"train/', '"more/'))
+        (folder / "meta.json").write_text(json.dumps(meta | {"train": ["train", "more"]}))
+        self.assertEqual(sum(map(len, self.data().epoch(0, 1000, 1.0))), 2 * len(TEXTS))
+
+    def test_languages_are_asked_for_where_there_are_none(self):
+        folder = token_folder(self.folder / "tokens")
+        (folder / "train.jsonl").write_text((folder / "train.jsonl").read_text().replace('"en"', '""'))
+        self.assertInputError("no utterance of .* says its language", self.train, lang_token=True)
 
     def test_units_give_the_text_back_and_blank_is_index_0(self):
         for units in ("char", "unigram", "bpe"):
@@ -1230,7 +1266,7 @@ class Evaluation(Case):
     def test_noise_is_added_to_audio_that_is_then_encoded_anew(self):
         recogniser = evaluate.Recogniser(trained_asr())
         data = train_asr.TokenSet(recogniser.settings["tokens"], ["test"], 3)
-        same, other = (evaluate.degrade(recogniser, data, "white", snr, evaluate.EvalSettings()) for snr in (300, 0))
+        same, other = (evaluate.degrade(recogniser, recogniser.front_end(""), data, "white", snr, 0) for snr in (300, 0))
         self.assertSame(same.flat, data.flat)
         self.assertGreater((other.flat != data.flat).float().mean(), 0.2)
 
@@ -1325,7 +1361,7 @@ import torch, torch.distributed as dist
 import codec, tokenize_corpus, train_asr
 out, corpus, trained, tokens = sys.argv[1:]
 rank, losses, start = os.environ.get("RANK", "0"), [], dist.init_process_group
-dist.init_process_group = lambda backend: dist.is_initialized() or start(backend)      # three stages in one process
+dist.init_process_group = lambda backend, timeout: dist.is_initialized() or start(backend)      # three stages in one process
 log_and_save, train_step = codec.log_and_save, train_asr.train_step
 
 def save_books(recent, step, settings, nets, *rest):

@@ -28,7 +28,6 @@ from typing import NamedTuple
 import numpy as np
 import soundfile as sf
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import torchaudio
 from torch import Tensor
@@ -36,7 +35,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from codec import (AUDIO_ENDINGS, SAMPLE_RATE, Codec, InputError, LogMel, corpus_subsets, find_audio, option, parse,
+from codec import (AUDIO_ENDINGS, SAMPLE_RATE, Codec, InputError, LogMel, corpus_subsets, everyone, find_audio, option, parse,
                    read_audio, read_manifest, run, start_processes, write_atomically)
 
 
@@ -176,23 +175,23 @@ class Noise:
             if not files:
                 raise InputError(f"--noise {kind}: not white, pink or babble, and no folder with audio files")
 
-    def __call__(self, wav: Tensor, name: str) -> Tensor:
-        """wav (S,) -> (S,)."""
+    def __call__(self, wav: Tensor, name: str, audio: Path) -> Tensor:
+        """wav (S,), the utterance's id and file -> (S,)."""
         rng = np.random.default_rng([self.seed, *name.encode()])
         kind, snr = self.kinds[rng.integers(len(self.kinds))], rng.uniform(*self.snr)
-        noise = torch.from_numpy(self.make(kind, len(wav), name, rng)).float()
+        noise = torch.from_numpy(self.make(kind, len(wav), audio, rng)).float()
         gain = (wav.square().mean() / noise.square().mean().clamp(min=1e-10)).sqrt() * 10 ** (-snr / 20)
         return wav + gain * noise
 
-    def make(self, kind: str, length: int, name: str, rng: np.random.Generator) -> np.ndarray:
+    def make(self, kind: str, length: int, audio: Path, rng: np.random.Generator) -> np.ndarray:
         if kind in ("white", "pink"):
             white = rng.standard_normal(length)
             if kind == "white":
                 return white
             spectrum = np.fft.rfft(white)               # pink: power falls as 1 / frequency
             return np.fft.irfft(spectrum / np.sqrt(np.maximum(np.arange(len(spectrum)), 1)), length)
-        if kind == "babble":                            # six other voices; LibriSpeech ids begin with the speaker
-            others = [path for path in self.speakers if path.stem.split("-")[0] != name.split("-")[0]] or self.speakers
+        if kind == "babble":                            # six other voices; LibriSpeech's names begin with the speaker
+            others = [path for path in self.speakers if path.stem.split("-")[0] != audio.stem.split("-")[0]] or self.speakers
             return sum(self.stretch(others, i, length, rng) for i in rng.choice(len(others), 6))
         files = self.files[kind]
         return self.stretch(files, rng.integers(len(files)), length, rng)
@@ -281,7 +280,7 @@ class FrontEnd:
                          "bitrate": codec.bitrate if is_tokens else None,
                          "codebooks": quantizer.num_codebooks if is_tokens else 0,
                          "codebook_size": quantizer.codebook_size, "dim": quantizer.dim}
-        self.meta |= {"format": 1, "features": features, "codec_path": str(codec_path), "kbps": kbps}
+        self.meta |= {"features": features, "codec_path": str(codec_path), "kbps": kbps}
 
     def log_mel(self, wav: Tensor, wav_len: Tensor) -> tuple[Tensor, Tensor]:
         """wav (B, S) -> (B, M, T), token_len (B,)."""
@@ -311,7 +310,7 @@ class Audio(Dataset):
             wav = read_audio(item.audio)
             if item.speed != 1.0:                       # as sox does it: faster is also higher
                 wav = torchaudio.functional.resample(wav, round(SAMPLE_RATE * item.speed / 100), SAMPLE_RATE // 100)
-            return index, self.noise(wav, item.id) if item.noisy else wav
+            return index, self.noise(wav, item.id, item.audio) if item.noisy else wav
         except InputError as error:
             return index, str(error)
 
@@ -345,6 +344,10 @@ def batches(utterances: list[Utterance], seconds: float) -> list[list[int]]:
 def encode_subset(front_end: FrontEnd, utterances: list[Utterance], noise: Noise | None, folder: Path, workers: int) -> list[str]:
     """Write folder/<id>.npy for every utterance that has none yet -> lines on those that could not be read."""
     folder.mkdir(parents=True, exist_ok=True)
+    for item in utterances:
+        array = folder / f"{item.id}.npy"
+        if array.exists() and array.stat().st_mtime < item.audio.stat().st_mtime:       # of what the file held before
+            array.unlink()
     todo = [item for item in utterances if not frames_in(folder / f"{item.id}.npy", front_end.meta)]
     loader = DataLoader(Audio(todo, noise), batch_sampler=batches(todo, 20 if front_end.device == "cpu" else 600),
                         num_workers=workers if todo else 0, collate_fn=list)
@@ -417,7 +420,7 @@ def tokenize(settings: TokenSettings) -> None:
     out = Path(settings.out)
     folder, train, dev, test = corpus_subsets(settings.corpus, settings.train, settings.dev, settings.test)
     front_end = FrontEnd(settings.features, settings.codec, settings.hop, str(device), settings.kbps)
-    meta = front_end.meta | {"train": train, "dev": dev, "test": test, "speeds": settings.speeds,
+    meta = front_end.meta | {"corpus": str(folder.resolve()), "train": train, "dev": dev, "test": test, "speeds": settings.speeds,
                               "noise": settings.noise, "snr": settings.snr, "seed": settings.seed}
     check_same_codec(out / "meta.json", meta)
     if rank == 0:
@@ -434,20 +437,11 @@ def tokenize(settings: TokenSettings) -> None:
             noise = Noise(settings.noise, settings.snr, [item.audio for item in utterances], settings.seed)
             utterances = with_copies(utterances, settings)
         unread = encode_subset(front_end, utterances[rank::world], noise, out / subset, settings.workers)
-        skipped += gather(unread, world)                # also waits for the other processes
+        skipped += sum(everyone(unread), [])            # also waits for the other processes
         if rank == 0:
             finish_subset(out, subset, utterances, skipped, meta)
     if rank == 0:
         print(f"wrote {out}; next: python train_asr.py --tokens {out}")
-
-
-def gather(lines: list[str], world: int) -> list[str]:
-    """The lines of all processes."""
-    everyone = [lines]
-    if world > 1:
-        everyone = [None] * world
-        dist.all_gather_object(everyone, lines)
-    return [line for lines in everyone for line in lines]
 
 
 def finish_subset(out: Path, subset: str, utterances: list[Utterance], skipped: list[str], meta: dict) -> None:
@@ -462,14 +456,14 @@ def finish_subset(out: Path, subset: str, utterances: list[Utterance], skipped: 
 
 
 def check_same_codec(path: Path, meta: dict) -> None:
-    """Tokens of two codecs, or copies in two kinds of noise, must not be mixed in one folder."""
+    """Tokens of two codecs or corpora, or copies in two kinds of noise, must not be mixed in one folder."""
     if path.exists():
         try:
             before = dict(json.loads(path.read_text("utf-8")))
         except (ValueError, TypeError):
             raise InputError(f"{path}: damaged, nothing tells which codec made the arrays beside it: "
                              f"give another --out, or delete {path.parent}") from None
-        for name in ("features", "codec", "hop", *(("noise", "snr", "seed") if before.get("noise") else ())):
+        for name in ("features", "codec", "hop", "corpus", *(("noise", "snr", "seed") if before.get("noise") else ())):
             if before.get(name) != json.loads(json.dumps(meta[name])):
                 raise InputError(f"{path.parent} holds {before.get('features')} with {name} {before.get(name)}, now {meta[name]}: "
                                  f"give another --out, or delete it")

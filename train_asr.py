@@ -20,9 +20,12 @@ import os
 import sys
 import time
 import zipfile
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import jiwer
@@ -107,8 +110,12 @@ class Text:
         return cls(model.getvalue())
 
     def encode(self, text: str) -> list[int]:
-        """Unknown characters become id 0; the caller counts and drops them."""
+        """Unknown characters become id 0, which the caller drops."""
         return self.units.encode(text)
+
+    def unknown(self, texts: list[str]) -> int:
+        """How many of their characters no unit can write."""
+        return sum(count for char, count in Counter(chain.from_iterable(texts)).items() if 0 in self.encode(char))
 
     def decode(self, ids: list[int]) -> str:
         return " ".join(self.units.decode(ids).split())
@@ -235,11 +242,8 @@ class TrainSet(TokenSet):
 
     def __init__(self, settings: TrainSettings, meta: dict, text: Text):
         super().__init__(settings.tokens, meta["train"], settings.codebooks)
-        self.settings, self.targets, self.unknown = settings, [], 0
-        for row in self.rows:
-            ids = text.encode(transcript(row, settings.lang_token))
-            self.unknown += ids.count(0)
-            self.targets.append(torch.tensor([i for i in ids if i]))
+        self.settings, self.unknown = settings, text.unknown([row["text"] for row in self.rows])
+        self.targets = [torch.tensor([i for i in text.encode(transcript(row, settings.lang_token)) if i]) for row in self.rows]
         # CTC needs a frame for each unit and a blank between equal neighbours; zero_infinity would only hide the rest.
         needed = torch.tensor([len(ids) + int((ids[1:] == ids[:-1]).sum()) for ids in self.targets])
         self.out_len = self.lengths
@@ -251,10 +255,11 @@ class TrainSet(TokenSet):
         self.limit = max(settings.batch, 60.0)
         short = self.lengths * meta["hop"] / meta["sample_rate"] <= self.limit
         self.long, fits = [row["id"] for row, ok, good in zip(self.rows, short, fits) if good and not ok], fits & short
-        self.variants: dict[str, dict[bool, list[int]]] = {}
+        self.variants: dict[tuple, dict[bool, list[int]]] = {}                  # an id may be in two subsets: two utterances
         for i, row in enumerate(self.rows):
             if fits[i]:
-                self.variants.setdefault(row.get("copy_of") or row["id"], {False: [], True: []})[row.get("noisy", False)].append(i)
+                original = row["array"].split("/")[0], row.get("copy_of") or row["id"]
+                self.variants.setdefault(original, {False: [], True: []})[row.get("noisy", False)].append(i)
         if not self.variants:
             raise InputError(f"{settings.tokens}: no training utterance is long enough for its transcript at this frame rate"
                              + (f", and short enough for memory ({self.limit:g} s)" if self.long else ""))
@@ -293,7 +298,10 @@ def train(settings: TrainSettings) -> None:
         check_same_run(path, saved, settings, meta)
         text = Text(saved["text"])
     else:
-        text = Text.train([row for subset in meta["train"] for row in read_rows(settings.tokens, subset)], settings)
+        rows = [row for subset in meta["train"] for row in read_rows(settings.tokens, subset)]
+        if settings.lang_token and not any(row["lang"] for row in rows):
+            raise InputError(f"--lang-token: no utterance of {settings.tokens} says its language; give it in a manifest, or leave the flag out")
+        text = Text.train(rows, settings)
     data, dev = TrainSet(settings, meta, text), TokenSet(settings.tokens, meta["dev"], settings.codebooks)
     frames = round(settings.batch * meta["sample_rate"] / meta["hop"])          # padded frames a batch
     model = start_model(settings, meta, len(text), data).to(device)
@@ -392,6 +400,8 @@ def train_step(net: nn.Module, optimiser, data: TrainSet, group: Tensor, lr: flo
     # Nats a text unit, over the utterances of all processes; DDP will divide the gradients by their number.
     units = sum(len(data.targets[i]) for i in group.tolist())
     # Lengths stay on the CPU: fetched from a GPU, they would make each step wait for it.
+    if device.type == "mps":                            # for which torch has no CTC
+        log_probs, targets = log_probs.cpu(), targets.cpu()
     loss = F.ctc_loss(log_probs.transpose(0, 1), targets, data.out_len[mine], target_len, reduction="sum") / units * scale
     optimiser.zero_grad()
     loss.backward()
@@ -518,7 +528,7 @@ def start_processes(device: str) -> tuple[torch.device, int, int]:
     """-> device, rank, number of processes; more than one where torchrun started this script."""
     device, world = pick_device(device), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=12))
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
