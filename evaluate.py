@@ -544,7 +544,7 @@ def figure(rows: int, width: float = 9.0, height: float = 1.9, **more):
 
 
 def plot_utterance(recogniser: Recogniser, data: TokenSet, number: int, out: Path) -> None:
-    """One utterance: waveform, log-mel, tokens, and what the recogniser is sure of, under one time axis."""
+    """One utterance: waveform, log-mel, tokens, and what the recogniser is sure of, under one time axis; words as it heard them."""
     row, hop = data.rows[number], recogniser.meta["hop"] / recogniser.meta["sample_rate"]
     wav = read_audio(row["audio"])
     array = data.take(torch.tensor([number]), recogniser.device)[0]
@@ -562,9 +562,18 @@ def plot_utterance(recogniser: Recogniser, data: TokenSet, number: int, out: Pat
     best, step = posterior.argmax(0), seconds / posterior.shape[1]
     for unit in best.unique().tolist():
         bottom.plot((np.arange(posterior.shape[1]) + 0.5) * step, posterior[unit], linewidth=0.8, color="0.8" if unit == 0 else None)
+    words = []                                              # [second where it begins, its letters]
     for t, unit in enumerate(best.tolist()):
         if unit and (t == 0 or best[t - 1] != unit):
-            bottom.text((t + 0.5) * step, 1.03, recogniser.text.units.id_to_piece(unit).replace("\u2581", "_"), fontsize=7, ha="center")
+            piece = recogniser.text.units.id_to_piece(unit).replace("\u2581", "_")
+            bottom.text((t + 0.5) * step, 1.03, piece, fontsize=7, ha="center")
+            if piece[0] == "_" or not words:
+                words.append([(t + 0.5) * step, ""])
+            words[-1][1] += piece.strip("_")
+    for start, word in words:
+        second.text(start, 82, word, fontsize=7)
+        for axis in (top, second, third):
+            axis.axvline(start, color="red", linewidth=0.6)
     for axis, name in zip(axes[:, 0], ("wave", "mel band", "codebook" if recogniser.meta["codebooks"] else "feature", "probability")):
         axis.set_ylabel(name)
     bottom.set(xlabel="seconds", xlim=(0, seconds), ylim=(0, 1.15))
