@@ -366,7 +366,7 @@ def start_model(settings: TrainSettings, meta: dict, vocab_size: int, data: Trai
 
 def announce(settings: TrainSettings, model: CodecASR, text: Text, data: TrainSet, device: torch.device, done: int) -> None:
     print(f"recogniser: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(text)} {settings.units} units; "
-          f"{len(data.variants)} utterances, {len(data.rows)} with copies; on {device}")
+          f"{len(data.variants)} utterances" + f", {len(data.rows)} with copies" * (len(data.rows) > len(data.variants)) + f"; on {device}")
     if data.dropped:
         print(f"dropped {len(data.dropped)} utterances too short for their transcripts at this frame rate: {', '.join(data.dropped[:5])}")
     if data.long:
