@@ -127,10 +127,13 @@ def beam_search(text: Text, beam: int, lm: str):
     """-> a function with the interface of Text.greedy."""
     try:
         from torchaudio.models.decoder import ctc_decoder
-        pieces = [text.units.id_to_piece(i) for i in range(len(text))]
-        decoder = ctc_decoder(lexicon=None, tokens=pieces, lm=lm or None, beam_size=beam, blank_token=pieces[0], sil_token="\u2581")
-    except (ImportError, ModuleNotFoundError, RuntimeError) as error:
+    except (ImportError, RuntimeError) as error:        # torchaudio raises either
         raise InputError(f"--beam: {str(error).splitlines()[0]}; pip install flashlight-text, or leave --beam out") from None
+    pieces = [text.units.id_to_piece(i) for i in range(len(text))]
+    try:
+        decoder = ctc_decoder(lexicon=None, tokens=pieces, lm=lm or None, beam_size=beam, blank_token=pieces[0], sil_token="\u2581")
+    except RuntimeError:
+        raise InputError(f"--lm {lm}: not a language model that KenLM reads") from None
 
     def search(log_probs: Tensor, out_len: Tensor) -> list[str]:
         best = decoder(log_probs.float().cpu().contiguous(), out_len.cpu())
