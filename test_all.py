@@ -1112,7 +1112,7 @@ class Training(Case):
     def test_languages_are_asked_for_where_there_are_none(self):
         folder = token_folder(self.folder / "tokens")
         (folder / "train.jsonl").write_text((folder / "train.jsonl").read_text().replace('"en"', '""'))
-        self.assertInputError("no utterance of .* says its language", self.train, lang_token=True)
+        self.assertInputError("no utterance says its language", self.train, lang_token=True)
 
     def test_units_give_the_text_back_and_blank_is_index_0(self):
         for units in ("char", "unigram", "bpe"):

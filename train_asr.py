@@ -97,6 +97,8 @@ class Text:
 
     @classmethod
     def train(cls, rows: list[dict], settings: TrainSettings) -> "Text":
+        if settings.lang_token and not any(row["lang"] for row in rows):
+            raise InputError("--lang-token: no utterance says its language; give it in a manifest, or leave the flag out")
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -298,10 +300,7 @@ def train(settings: TrainSettings) -> None:
         check_same_run(path, saved, settings, meta)
         text = Text(saved["text"])
     else:
-        rows = [row for subset in meta["train"] for row in read_rows(settings.tokens, subset)]
-        if settings.lang_token and not any(row["lang"] for row in rows):
-            raise InputError(f"--lang-token: no utterance of {settings.tokens} says its language; give it in a manifest, or leave the flag out")
-        text = Text.train(rows, settings)
+        text = Text.train([row for subset in meta["train"] for row in read_rows(settings.tokens, subset)], settings)
     data, dev = TrainSet(settings, meta, text), TokenSet(settings.tokens, meta["dev"], settings.codebooks)
     frames = round(settings.batch * meta["sample_rate"] / meta["hop"])          # padded frames a batch
     model = start_model(settings, meta, len(text), data).to(device)
@@ -399,9 +398,9 @@ def train_step(net: nn.Module, optimiser, data: TrainSet, group: Tensor, lr: flo
         log_probs, _ = net(tokens, token_len)                                   # (B, T', V)
     # Nats a text unit, over the utterances of all processes; DDP will divide the gradients by their number.
     units = sum(len(data.targets[i]) for i in group.tolist())
-    # Lengths stay on the CPU: fetched from a GPU, they would make each step wait for it.
     if device.type == "mps":                            # for which torch has no CTC
         log_probs, targets = log_probs.cpu(), targets.cpu()
+    # Lengths stay on the CPU: fetched from a GPU, they would make each step wait for it.
     loss = F.ctc_loss(log_probs.transpose(0, 1), targets, data.out_len[mine], target_len, reduction="sum") / units * scale
     optimiser.zero_grad()
     loss.backward()
