@@ -299,14 +299,15 @@ class Codec(nn.Module):
 
     def encode(self, wav: Tensor, wav_len: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """wav (B, S) -> tokens (B, Q, T) int64, token_len (B,); steps after token_len are 0."""
-        return self.by_windows(wav, wav_len, lambda part: self.quantizer.encode(self.encoder(part)))
+        return self.by_windows(wav, wav_len, self.quantizer.encode)
 
     def latent(self, wav: Tensor, wav_len: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What the quantizer sees: wav (B, S) -> latent (B, D, T), token_len (B,)."""
-        return self.by_windows(wav, wav_len, self.encoder)
+        return self.by_windows(wav, wav_len, nn.Identity())
 
     @torch.inference_mode()
-    def by_windows(self, wav: Tensor, wav_len: Tensor | None, encode) -> tuple[Tensor, Tensor]:
+    def by_windows(self, wav: Tensor, wav_len: Tensor | None, finish) -> tuple[Tensor, Tensor]:
+        """The encoder window by window; `finish` (n, D, T) -> (n, Q or D, T) then sees the frames that are kept, not the context."""
         batch, samples = wav.shape
         wav_len = torch.full((batch,), samples, device=wav.device) if wav_len is None else wav_len.to(wav.device)
         token_len = -(-wav_len // self.hop)
@@ -320,7 +321,8 @@ class Codec(nn.Module):
             parts = [wav[i, start * self.hop:(start + length + 2 * self.context) * self.hop] for i, start in those]
             size = 1 if wav.device.type == "cpu" else 64        # on a GPU one by one would be slow; a few tokens may differ there
             for at in range(0, len(those), size):
-                kept = encode(torch.stack(parts[at:at + size]))[..., self.context:-self.context]    # (n, Q or D, length)
+                latent = self.encoder(torch.stack(parts[at:at + size]))
+                kept = finish(latent[..., self.context:-self.context])          # (n, Q or D, length)
                 if out is None:
                     out = kept.new_zeros(batch, kept.shape[1], int(token_len.max()) + self.ROUND)
                 for (i, start), row in zip(those[at:], kept):
