@@ -427,6 +427,7 @@ class Crops:
         self.cache, self.room = {}, 2 << 30             # decoded audio as int16, up to 2 GiB
         self.unreadable: dict[Path, str] = {}
         self.odd: dict[Path, list[str]] = {}            # what is strange about a file
+        self.readers = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2))   # soundfile decodes outside Python's lock
 
     def read(self, path: Path) -> np.ndarray | None:
         if path not in self.cache and path not in self.unreadable:
@@ -466,7 +467,7 @@ class Crops:
     def __call__(self, step: int, rank: int, world: int) -> Tensor:
         """This process's share of a step's crops: (batch / world, crop)."""
         numbers = range(step * self.batch + rank, (step + 1) * self.batch, world)
-        wav = torch.from_numpy(np.stack([self.crop(number) for number in numbers]))
+        wav = torch.from_numpy(np.stack(list(self.readers.map(self.crop, numbers))))
         return wav.pin_memory() if torch.cuda.is_available() else wav
 
 
@@ -659,6 +660,11 @@ def read_audio(path: str | Path, sample_rate: int = SAMPLE_RATE) -> Tensor:
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file")
     try:
+        with open(path, "rb") as file:
+            kind, size = file.read(4), int.from_bytes(file.read(4), "little")
+        # libsndfile takes a WAV that breaks off for a shorter one. Sizes near 2 GiB stand for "unknown", of streams.
+        if kind == b"RIFF" and os.path.getsize(path) < 0.9 * size and size < 0x7f000000:
+            raise InputError(f"{path}: breaks off after {os.path.getsize(path)} of {size + 8} bytes")
         with sf.SoundFile(path) as file:
             rate, promised, blocks = file.samplerate, file.frames, []
             # Not file.blocks(): where a file breaks off, it fills up with whatever was in memory.
@@ -1098,7 +1104,9 @@ def run(main, *errors: type) -> None:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}; what was finished before is kept, the same command continues", file=sys.stderr)
         sys.exit(2)
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as error:        # on a CPU torch has no type of its own for it
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
         print("error: out of memory; try a smaller --batch or --size, or --device cpu", file=sys.stderr)
         sys.exit(2)
 

@@ -37,7 +37,7 @@ from codec import (SAMPLE_RATE, SIZES as CODEC_SIZES, Codec, CodecSettings, Inpu
 from quantizers import GroupFSQ, ResidualVQ
 from tokenize_corpus import FrontEnd, Noise
 import train_asr
-from train_asr import Text, TokenSet, build_model, check_same_tokens, fitting, load_checkpoint
+from train_asr import Text, TokenSet, build_model, check_same_tokens, fitting, load_checkpoint, split_language
 
 
 @dataclass
@@ -50,7 +50,7 @@ class EvalSettings:
     snr: tuple = option((20.0, 10.0, 5.0, 0.0), "signal-to-noise ratios in dB", type=float)
     audio: tuple = option((), "transcribe these files, then stop", type=str)
     beam: int = option(0, "beam search with this many hypotheses (needs flashlight-text); 0: greedy")
-    lm: str = option("", "KenLM language model for --beam")
+    lm: str = option("", "KenLM language model for --beam, over text units (letters), not over words")
     compare: tuple = option((), "run folders (each with an asr.pt): one table of all", type=str)
     content: bool = option(False, "measure what the tokens tell of phoneme and voice (synthetic corpus)")
     benchmark: bool = option(False, "measure speed instead of accuracy")
@@ -64,6 +64,12 @@ class EvalSettings:
             raise InputError("--seed and --beam must be at least 0")
         if self.lm and not (self.beam and Path(self.lm).is_file()):
             raise InputError(f"--lm {self.lm}: " + ("no such file" if self.beam else "only --beam uses a language model"))
+        others = {"audio": "noise tokens test compare", "compare": "noise tokens codec", "content": "noise codec test beam audio compare",
+                  "benchmark": "noise tokens codec test beam audio compare content"}
+        for mode, unused in others.items():
+            for name in unused.split():
+                if getattr(self, mode) and getattr(self, name):
+                    raise InputError(f"--{mode} has no use for --{name}: leave one of them out")
 
 
 # ---------------------------------------------------------------------------------------------------- recognising
@@ -182,7 +188,7 @@ class Score:
 
 
 def error_rate(counts: np.ndarray) -> float:
-    """(..., N, 2) errors and lengths -> error rate."""
+    """(N, 2) errors and lengths -> error rate."""
     return float(counts[:, 0].sum() / counts[:, 1].sum())
 
 
@@ -208,20 +214,13 @@ def percent(value: float, interval: list[float]) -> str:
     return f"{100 * value:.1f} ({100 * interval[0]:.1f}-{100 * interval[1]:.1f})"
 
 
-def split_language(text: str) -> tuple[str, str]:
-    """'<en> HELLO' -> 'en', 'HELLO'; no token -> '', text."""
-    if text.startswith("<") and ">" in text:
-        lang, _, rest = text[1:].partition(">")
-        return lang, rest.strip()
-    return "", text
-
-
 # ---------------------------------------------------------------------------------------------------- reports
 
 def judge(recogniser: Recogniser, data: TokenSet, seed: int) -> tuple[Score, dict]:
     """Recognise and score a subset -> score, summary with real-time factor and languages."""
     hyps, seconds = recogniser(data)
-    guesses, hyps = zip(*map(split_language, hyps))
+    if recogniser.settings["lang_token"]:
+        guesses, hyps = zip(*map(split_language, hyps))
     score = Score([row["text"] for row in data.rows], list(hyps))
     summary = score.summary(seed)
     summary["real_time_factor"] = seconds / sum(row["duration"] for row in data.rows)
@@ -261,8 +260,10 @@ def evaluate(settings: EvalSettings) -> None:
     check_same_tokens(settings.asr, meta, tokens, found)
     front_end = recogniser.front_end(settings.codec) if settings.noise else None
     report, page, details = {"asr": settings.asr, "beam": settings.beam, "test": {}}, HEADER, ""
-    for subset in settings.test or found["test"]:
-        data = TokenSet(tokens, [subset], recogniser.settings["codebooks"])
+    subsets = {subset: TokenSet(tokens, [subset], recogniser.settings["codebooks"]) for subset in settings.test or found["test"]}
+    for snr in settings.snr:
+        Noise(settings.noise, (snr, snr), [], settings.seed)                    # a kind or ratio that cannot be is told before the work
+    for subset, data in subsets.items():
         score, summary = judge(recogniser, data, settings.seed)
         report["test"][subset] = summary
         page += table_row(subset, summary)
@@ -325,7 +326,7 @@ def read_log(folder: str | Path) -> list[dict]:
 
 def compare(settings: EvalSettings) -> None:
     """One table of several runs, each against the first, on the same utterances."""
-    runs = [Recogniser(Path(folder) / "asr.pt", pick_device(settings.device)) for folder in settings.compare]
+    runs = [Recogniser(Path(folder) / "asr.pt", pick_device(settings.device), settings.beam, settings.lm) for folder in settings.compare]
     everything = [{**run.settings, **{k: run.meta[k] for k in ("features", "codec", "hop")}, "bitrate": run.bitrate} for run in runs]
     differ = [key for key in everything[0] if key not in ("out", "device") and len({str(e.get(key)) for e in everything}) > 1]
     subsets = settings.test or runs[0].meta["test"]
@@ -379,7 +380,7 @@ def content(settings: EvalSettings) -> None:
         speaker = row["id"].split("-")[0]
         path = Path(row["audio"]).parent / f"{row['id'].rpartition('-')[0]}.phones.txt"
         if not path.is_file():
-            raise InputError(f"{path}: no alignment; --content needs tokens of the synthetic corpus, without copies")
+            raise InputError(f"{path}: no alignment; --content needs tokens of the synthetic corpus")
         items = [item.split(":") for line in path.read_text().splitlines() if line.startswith(row["id"] + " ") for item in line.split()[1:]]
         if not items or any(len(item) != 2 or not item[1].isdigit() for item in items):
             raise InputError(f"{path}: has no alignment of {row['id']}, or a damaged one; delete the corpus to make it anew")
@@ -485,7 +486,7 @@ def benchmark(settings: EvalSettings) -> None:
             "soundfile alone", lambda: [sf.read(name, dtype="float32") for name in flacs])
         benchmark_codec(add, wav)
         tokens = torch.randint(1000, (8, 400, 8), device=device)
-        features, lengths = torch.randn(8, 400, 80, device=device), torch.full((8,), 400, device=device)
+        lengths = torch.full((8,), 400, device=device)
         model, (width, layers, heads, kernel) = CodecASR(32, size=size).to(device), asr_model.SIZES[size].values()
         theirs = torchaudio.models.Conformer(width, heads, 4 * width, layers, kernel, dropout=0.1).to(device)
         wide = torch.randn(8, 400, width, device=device)

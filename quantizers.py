@@ -113,7 +113,7 @@ class ResidualVQ(nn.Module):
         for codebook in self.embed:
             tokens.append(nearest(residual, codebook))
             residual = residual - F.embedding(tokens[-1], codebook)
-        return torch.stack(tokens).view(-1, latent.shape[0], latent.shape[2]).transpose(0, 1)
+        return torch.stack(tokens).view(self.num_codebooks, latent.shape[0], latent.shape[2]).transpose(0, 1)
 
     def decode(self, tokens: Tensor) -> Tensor:
         """tokens (B, n, T), n <= Q: the first n levels -> latent (B, D, T)."""

@@ -278,9 +278,9 @@ class Codecs(Case):
                     self.assertEqual(token_len.tolist(), [-(-length // hop)])
 
     def test_tokens_are_the_same_alone_and_in_a_batch(self):
-        wav_len = torch.tensor([1, 399, 16_001, 44_801, 100_000])
+        wav_len = torch.tensor([0, 1, 399, 16_001, 44_801, 100_000])
         for kind in FOUR_CODECS:
-            codec, wav = self.codec(*kind), noise(5, 100_000)                   # padding holds noise, which must not matter
+            codec, wav = self.codec(*kind), noise(6, 100_000)                   # padding holds noise, which must not matter
             tokens, token_len = codec.encode(wav, wav_len)
             latent, _ = codec.latent(wav, wav_len)
             for i, length in enumerate(wav_len):
@@ -474,7 +474,7 @@ class AudioFiles(Case):
             self.assertInputError(complaint, read_audio, path)
         sf.write(path, np.zeros(1000), 16_000)
         path.write_bytes(path.read_bytes()[:20])        # the header breaks off
-        self.assertInputError("not readable as audio", read_audio, path)
+        self.assertInputError("breaks off", read_audio, path)
         self.assertInputError("no such file", read_audio, self.folder)
         sf.write(path, np.array([0.1, 3e8]), 16_000, subtype="FLOAT")
         self.assertInputError("full scale is 1", read_audio, path)
@@ -482,7 +482,7 @@ class AudioFiles(Case):
         self.assertInputError("sample rate of 48001", read_audio, path)
 
     def test_file_that_breaks_off_is_not_filled_up(self):
-        for ending in ("mp3", "flac"):
+        for ending in ("mp3", "flac", "wav"):
             path = self.folder / f"a.{ending}"
             sf.write(path, noise(80_000).numpy(), 16_000)
             self.assertEqual(len(read_audio(path)), 80_000)
@@ -713,6 +713,14 @@ class MessyCorpora(Case):
         for row in rows(self.out):
             self.assertTrue((self.out / row["array"]).resolve().is_relative_to(self.out.resolve()))
 
+    def test_pieces_of_recordings_do_not_stand_for_the_whole(self):
+        self.audio("long.wav")                          # half a second
+        lines = [{"offset": 0.0, "duration": 0.2, "text": "FIRST"}, {"offset": 0.2, "text": "SECOND"}, {"duration": 0.5, "text": "WHOLE"}]
+        (self.corpus / "train.jsonl").write_text("\n".join(json.dumps(line | {"audio_filepath": "long.wav"}) for line in lines))
+        texts, skipped = self.tokenize()
+        self.assertEqual(texts, {"long": "WHOLE"})
+        self.assertEqual(skipped.count("cut it out first"), 2)
+
     def test_ml_superb_layout(self):
         self.audio("one/deu/wav/a.wav")
         for subset, lines in (("train", "a 0.5 GUTEN TAG\nb 0.5 KEIN TON\n../a 0.5 HINAUS\nshort\n"), ("dev", ""), ("test", "")):
@@ -804,6 +812,13 @@ class Tokens(Case):
             (self.folder / "meta.json").write_text(text)
             self.assertInputError("give another --out", tokenize, self.folder)
 
+    def test_mistaken_flag_leaves_finished_tokens_as_they_are(self):
+        tokenize(self.folder, "--features", "mel")
+        before = (self.folder / "meta.json").read_text()
+        self.assertInputError("not white, pink or babble", tokenize, self.folder, "--features", "mel", "--noise", "wihte")
+        self.assertInputError("tset", tokenize, self.folder, "--features", "mel", "--test", "tset")
+        self.assertEqual((self.folder / "meta.json").read_text(), before)
+
     def test_tokens_are_those_of_the_audio_at_hand(self):
         corpus, out = self.folder / "corpus", self.folder / "out"
         shutil.copytree(small_corpus(), corpus)
@@ -850,13 +865,28 @@ class Noises(Case):
             self.assertFalse(torch.equal(self.noise(kind, (0, 20))(wav, "1-1-1", Path("1.flac")), made))
             self.assertFalse(torch.equal(self.noise(kind, (0, 20), seed=1)(wav, "1-1-0", Path("1.flac")), made))
 
-    def test_babble_leaves_out_the_speaker(self):
-        files, heard = sorted(small_corpus().rglob("*.flac")), []
-        with mock.patch.object(tokenize_corpus, "read_audio", lambda path: heard.append(path) or noise(100)):
+    def test_babble_is_of_as_many_other_voices_as_there_are(self):
+        heard = []
+        self.enterContext(mock.patch.object(tokenize_corpus, "read_audio", lambda path: heard.append(path.stem) or noise(100)))
+        for voices, expected in ((9, 6), (4, 3), (2, 1), (1, 1)):
+            files = [Path(f"{voice}-1-{number}.flac") for voice in range(voices) for number in range(5)]
             for name in "abcde":
-                self.noise("babble")(noise(1000), name, files[0])
-        self.assertEqual(len(heard), 30)
-        self.assertNotIn(files[0].stem.split("-")[0], {path.stem.split("-")[0] for path in heard})
+                heard.clear()
+                Noise(("babble",), (7.0, 7.0), files, 0)(noise(1000), name, files[0])
+                self.assertEqual((len(heard), len({path.split("-")[0] for path in heard})), (6, expected))
+                self.assertNotIn("0" if voices > 1 else "0-1-0", {path.split("-")[0] if voices > 1 else path for path in heard})
+
+    def test_pink_noise_lies_where_speech_is(self):
+        power = np.abs(np.fft.rfft(self.noise("pink").make("pink", 80_000, Path("a"), np.random.default_rng(0)))) ** 2     # 0.2 Hz a bin
+        self.assertLess(power[:100].sum(), 1e-9 * power.sum())
+        self.assertAlmostEqual(power[500:1000].sum() / power[5000:10_000].sum(), 1, delta=0.2)          # each octave alike
+
+    def test_noise_is_heard_where_its_recording_is_mostly_silent(self):
+        sf.write(self.folder / "bang.wav", np.concatenate([noise(16_000).numpy(), np.zeros(144_000)]), 16_000)
+        for name in "abcdefghij":
+            wav = noise(8000)
+            added = self.noise(str(self.folder))(wav, name, Path(name)) - wav
+            self.assertAlmostEqual(10 * math.log10(wav.square().mean() / added.square().mean()), 7, delta=0.01)
 
     def test_noise_that_cannot_be_read_is_replaced_by_other_and_named_once(self):
         (self.folder / "bad.wav").write_text("no audio")
@@ -1189,6 +1219,9 @@ class Training(Case):
         self.train(epochs=1)
         self.assertInputError("trained with --time-masks", self.train, epochs=1, time_masks=1)
         meta = json.loads((self.folder / "tokens" / "meta.json").read_text())
+        for other in ({"corpus": "elsewhere"}, {"train": ["test"]}, {"noise": ["white"]}):
+            (self.folder / "tokens" / "meta.json").write_text(json.dumps(meta | other))
+            self.assertInputError(f"tokens with {next(iter(other))}", self.train, epochs=1)
         (self.folder / "tokens" / "meta.json").write_text(json.dumps(meta | {"codec": "another"}))
         self.assertInputError("tokens of codec", self.train, epochs=1)
 
@@ -1238,6 +1271,27 @@ class Evaluation(Case):
         page = evaluate.remarks(summary)
         self.assertIn("language identified: 66.7 %", page)
         self.assertIn("1 characters of the transcripts", page)
+
+    def test_only_a_language_token_is_taken_off_the_text(self):
+        data = mock.Mock(rows=[{"text": "<laugh> YES", "lang": "", "duration": 1.0}])
+        recogniser = mock.Mock(return_value=(["<laugh> YES"], 1.0), settings={"lang_token": False}, text=Text.train(data.rows, TrainSettings()))
+        self.assertEqual(evaluate.judge(recogniser, data, 0)[1]["wer"], 0)
+        for name in ("Mandarin Chinese", "unk", "<en>"):
+            self.assertInputError("cannot be a token", Text.train, [{"text": "ONE", "lang": name}], TrainSettings(lang_token=True))
+
+    def test_copies_are_not_judged(self):
+        token_folder(self.folder, copies=[{"kind": "speed0.9", "noisy": False}, {"kind": "noise0", "noisy": True}])
+        self.assertEqual(len(train_asr.TokenSet(self.folder, ["train"]).rows), 4)
+        self.assertEqual(len(train_asr.TokenSet(self.folder, ["train"], copies=True).rows), 12)
+
+    def test_what_cannot_be_done_is_told_before_the_work(self):
+        self.enterContext(mock.patch.object(evaluate, "judge", side_effect=AssertionError))
+        self.assertInputError("--noise wihte", self.evaluate, "--noise", "white", "wihte")
+        self.assertInputError("--snr inf", self.evaluate, "--noise", "white", "--snr", 10, "inf")
+        self.assertInputError("no such subset", self.evaluate, "--test", "test", "tset")
+        for mode, more in ((("--compare", trained_asr().parent), ("--noise", "white")), (("--benchmark",), ("--tokens", "runs")),
+                           (("--audio", "a.wav"), ("--noise", "white")), (("--content",), ("--compare", "runs/asr"))):
+            self.assertInputError("leave one of them out", self.evaluate, *mode, *more)
 
     def test_interval_holds_the_rate_and_a_run_does_not_differ_from_itself(self):
         rng = np.random.default_rng(0)

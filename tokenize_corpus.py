@@ -19,7 +19,7 @@ import io
 import json
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +88,7 @@ def read_subset(folder: Path, subset: str) -> tuple[list[Utterance], list[str]]:
     else:
         found, skipped = read_librispeech(folder, subset)
     kept: dict[str, Utterance] = {}
-    for name, text, lang, audio in found:
+    for name, text, lang, audio, *told in found:        # told: the duration that a manifest's row may give
         text = " ".join(text.replace("\ufeff", "").split())
         if not name or len(name.encode(errors="replace")) > 200:                 # with its endings it must fit a file name, 255 bytes
             name = name[:40] + hashlib.sha256(name.encode(errors="replace")).hexdigest()[:16]
@@ -101,7 +101,10 @@ def read_subset(folder: Path, subset: str) -> tuple[list[Utterance], list[str]]:
             if not os.path.isfile(audio):
                 raise InputError(f"{audio}: no such file")
             info = sf.info(audio)
-            kept[name] = Utterance(name, text, lang, audio, info.frames / info.samplerate)
+            seconds = info.frames / info.samplerate
+            if told and isinstance(told[0], (int, float)) and told[0] < 0.8 * seconds:
+                raise InputError(f"{audio}: lasts {seconds:.1f} s, and its row means a piece of it; cut it out first")
+            kept[name] = Utterance(name, text, lang, audio, seconds)
         except InputError as error:
             skipped.append(str(error))
         except UnicodeEncodeError:
@@ -131,14 +134,15 @@ def read_librispeech(folder: Path, subset: str) -> tuple[list[tuple], list[str]]
 
 
 def read_rows(manifest: Path) -> tuple[list[tuple], list[str]]:
-    """A manifest's rows hold audio_filepath and text, and perhaps lang."""
+    """A manifest's rows hold audio_filepath and text, and perhaps lang, duration and offset."""
     rows, skipped = read_manifest(manifest)
     found = []
     for row in rows:
         # The id becomes a file name: whatever the path held, it cannot lead out of --out.
         name = re.sub(r"[^\w-]+", "-", str(Path(row["audio_filepath"]).with_suffix(""))).strip("-")
+        told = 0.0 if row.get("offset") else row.get("duration")                # seconds, of a piece that begins where the file does
         if isinstance(row.get("text") or "", str):
-            found.append((name, row.get("text") or "", str(row.get("lang") or ""), manifest.parent / row["audio_filepath"]))
+            found.append((name, row.get("text") or "", str(row.get("lang") or ""), manifest.parent / row["audio_filepath"], told))
         else:
             skipped.append(f"{manifest}: the text of {row['audio_filepath']} is none")
     return found, skipped
@@ -165,8 +169,10 @@ class Noise:
     """Adds one kind of noise at a random signal-to-noise ratio; which, follows from the seed and the utterance's id."""
 
     def __init__(self, kinds: tuple, snr: tuple, speakers: list[Path], seed: int):
-        """speakers: files that babble is made of."""
-        self.kinds, self.snr, self.seed, self.speakers, self.unreadable = kinds, snr, seed, speakers, set()
+        """speakers: files that babble is made of; their names begin with the speaker, as LibriSpeech's do."""
+        self.kinds, self.snr, self.seed, self.speakers, self.unreadable = kinds, snr, seed, defaultdict(list), set()
+        for path in speakers:
+            self.speakers[path.stem.split("-")[0]].append(path)
         if not -100 <= snr[0] <= snr[1] <= 1000:
             raise InputError(f"--snr {snr[0]:g} {snr[1]:g}: give numbers of dB, LOW HIGH, between -100 and 1000")
         self.files = {kind: sorted(path for path in Path(kind).rglob("*") if path.suffix.lower() in AUDIO_ENDINGS)
@@ -188,11 +194,14 @@ class Noise:
             white = rng.standard_normal(length)
             if kind == "white":
                 return white
-            spectrum = np.fft.rfft(white)               # pink: power falls as 1 / frequency
-            return np.fft.irfft(spectrum / np.sqrt(np.maximum(np.arange(len(spectrum)), 1)), length)
-        if kind == "babble":                            # six other voices; LibriSpeech's names begin with the speaker
-            others = [path for path in self.speakers if path.stem.split("-")[0] != audio.stem.split("-")[0]] or self.speakers
-            return sum(self.stretch(others, i, length, rng) for i in rng.choice(len(others), 6))
+            # Pink: power falls as 1 / frequency, here from 20 Hz on. Half of it would lie below, which no speech meets.
+            hz = np.fft.rfftfreq(length, 1 / SAMPLE_RATE)
+            return np.fft.irfft(np.fft.rfft(white) * (hz >= 20) / np.sqrt(np.maximum(hz, 20)), length)
+        if kind == "babble":                            # six recordings, of as many other voices as there are
+            voices = [files for name, files in self.speakers.items() if name != audio.stem.split("-")[0]]
+            voices = voices or [[path for path in sum(self.speakers.values(), []) if path != audio] or [audio]]
+            six = np.resize(rng.permutation(len(voices)), 6)
+            return sum(self.stretch(voices[i], rng.integers(len(voices[i])), length, rng) for i in six)
         files = self.files[kind]
         return self.stretch(files, rng.integers(len(files)), length, rng)
 
@@ -209,8 +218,12 @@ class Noise:
                 if path not in self.unreadable:
                     tqdm.write(f"noise left out: {error}")
                     self.unreadable.add(path)
-        wav = np.roll(wav, rng.integers(len(wav)))
-        return np.resize(wav, length) / max(1e-5, float(np.sqrt(np.mean(wav ** 2))))
+        level = np.mean(wav ** 2)
+        for _ in range(100):                            # a recording may be silent for most of its time
+            part = wav.take(np.arange(length) - rng.integers(len(wav)), mode="wrap")
+            if np.mean(part ** 2) >= 0.1 * level:
+                break
+        return part / max(1e-5, float(np.sqrt(level)))
 
 
 # ---------------------------------------------------------------------------------------------------- encoding
@@ -422,21 +435,22 @@ def tokenize(settings: TokenSettings) -> None:
     front_end = FrontEnd(settings.features, settings.codec, settings.hop, str(device), settings.kbps)
     meta = front_end.meta | {"corpus": str(folder.resolve()), "train": train, "dev": dev, "test": test, "speeds": settings.speeds,
                               "noise": settings.noise, "snr": settings.snr, "seed": settings.seed}
+    subsets = {}
+    for subset in dict.fromkeys((*train, *dev, *test)):
+        if Path(subset).name != subset or subset == "..":                       # or it would lead out of --out
+            raise InputError(f"{subset}: not the name of a subset of {folder}; give its folder as --corpus")
+        subsets[subset] = read_subset(folder, subset)
+    noises = {subset: Noise(settings.noise, settings.snr, [item.audio for item in subsets[subset][0]], settings.seed) for subset in train}
     check_same_codec(out / "meta.json", meta)
-    if rank == 0:
+    if rank == 0:                                       # now that all flags are known to be good
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "meta.json", json.dumps(meta, indent=1).encode())
         if front_end.codebooks is not None:
             save_array(out / "codebooks.npy", front_end.codebooks.cpu().numpy())
-    for subset in dict.fromkeys((*train, *dev, *test)):
-        if Path(subset).name != subset or subset == "..":                       # or it would lead out of --out
-            raise InputError(f"{subset}: not the name of a subset of {folder}; give its folder as --corpus")
-        utterances, skipped = read_subset(folder, subset)
-        noise = None
+    for subset, (utterances, skipped) in subsets.items():
         if subset in train:
-            noise = Noise(settings.noise, settings.snr, [item.audio for item in utterances], settings.seed)
             utterances = with_copies(utterances, settings)
-        unread = encode_subset(front_end, utterances[rank::world], noise, out / subset, settings.workers)
+        unread = encode_subset(front_end, utterances[rank::world], noises.get(subset), out / subset, settings.workers)
         skipped += sum(everyone(unread), [])            # also waits for the other processes
         if rank == 0:
             finish_subset(out, subset, utterances, skipped, meta)

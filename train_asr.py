@@ -17,6 +17,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import time
 import zipfile
@@ -97,8 +98,12 @@ class Text:
 
     @classmethod
     def train(cls, rows: list[dict], settings: TrainSettings) -> "Text":
-        if settings.lang_token and not any(row["lang"] for row in rows):
+        languages = sorted({row["lang"] for row in rows}) if settings.lang_token else []
+        if settings.lang_token and not any(languages):
             raise InputError("--lang-token: no utterance says its language; give it in a manifest, or leave the flag out")
+        odd = [name for name in languages if name in ("unk", "s", "/s") or re.search(r"[\s<>]", name)]
+        if odd:
+            raise InputError(f"--lang-token: '{odd[0]}' cannot be a token; name languages without spaces and brackets, such as en")
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -106,7 +111,7 @@ class Text:
                 vocab_size=settings.vocab_size if settings.units != "char" else 8000, hard_vocab_limit=False,
                 character_coverage=1.0, max_sentence_length=1 << 24, normalization_rule_name="identity", minloglevel=2,
                 unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1,
-                user_defined_symbols=sorted({f"<{row['lang']}>" for row in rows}) if settings.lang_token else [])
+                user_defined_symbols=[f"<{name}>" for name in languages])
         except RuntimeError as error:
             raise InputError(f"--units {settings.units} --vocab-size {settings.vocab_size}: {str(error).splitlines()[-1]}") from None
         return cls(model.getvalue())
@@ -192,10 +197,12 @@ def read_array(path: Path, shape: tuple, kind: str, codes: int = 0) -> np.ndarra
 class TokenSet:
     """All arrays of some subsets in one tensor in memory, cut into batches without a loop over utterances."""
 
-    def __init__(self, folder: str | Path, subsets: list[str], codebooks: int = 0):
+    def __init__(self, folder: str | Path, subsets: list[str], codebooks: int = 0, copies: bool = False):
+        """codebooks: only the first so many; 0: all. copies: also those at other speeds and in noise."""
         meta = read_meta(folder)
         width, kind = (meta["codebooks"], "int16") if meta["codebooks"] else (meta["dim"], "float16")
-        self.rows, arrays = [row for subset in subsets for row in read_rows(folder, subset)], []
+        rows, arrays = [row for subset in subsets for row in read_rows(folder, subset)], []
+        self.rows = [row for row in rows if copies or "copy_of" not in row]
         for row in self.rows:
             array = read_array(Path(folder) / row["array"], (row["frames"], width), kind, meta["codebooks"] and meta["codebook_size"])
             arrays.append(array[:, :codebooks] if codebooks else array)
@@ -227,9 +234,9 @@ class TokenSet:
         lengths = self.lengths[which].float()
         if generator:                                                           # other neighbours in every epoch
             lengths = lengths * (1 + 0.1 * torch.rand(len(which), generator=generator))
-        order, groups = which[lengths.argsort()].tolist(), []
-        for i in order:
-            longest = max(longest, int(self.lengths[i])) if groups else int(self.lengths[i])
+        groups, longest = [], 0
+        for i in which[lengths.argsort()].tolist():
+            longest = max(longest, int(self.lengths[i]))
             if not groups or (len(groups[-1]) + 1) * longest > frames:
                 groups.append([])
                 longest = int(self.lengths[i])
@@ -243,7 +250,7 @@ class TrainSet(TokenSet):
     """Adds targets, and picks one variant of each utterance an epoch: the original, another speed, or a noisy copy."""
 
     def __init__(self, settings: TrainSettings, meta: dict, text: Text):
-        super().__init__(settings.tokens, meta["train"], settings.codebooks)
+        super().__init__(settings.tokens, meta["train"], settings.codebooks, copies=True)
         self.settings, self.unknown = settings, text.unknown([row["text"] for row in self.rows])
         self.targets = [torch.tensor([i for i in text.encode(transcript(row, settings.lang_token)) if i]) for row in self.rows]
         # CTC needs a frame for each unit and a blank between equal neighbours; zero_infinity would only hide the rest.
@@ -278,6 +285,14 @@ class TrainSet(TokenSet):
 
 def transcript(row: dict, lang_token: bool) -> str:
     return f"<{row['lang']}> {row['text']}" if lang_token else row["text"]
+
+
+def split_language(text: str) -> tuple[str, str]:
+    """'<en> HELLO' -> 'en', 'HELLO'; no token -> '', text."""
+    if text.startswith("<") and ">" in text:
+        lang, _, rest = text[1:].partition(">")
+        return lang, rest.strip()
+    return "", text
 
 
 # ---------------------------------------------------------------------------------------------------- training
@@ -422,12 +437,13 @@ def finite(losses: list[Tensor], step: int, data: TrainSet, groups: list[Tensor]
 
 @torch.inference_mode()
 def judge(model: CodecASR, dev: TokenSet, text: Text, frames: int, device, lang_token: bool) -> tuple[float, float]:
-    """Greedy decoding of a subset -> WER, CER."""
+    """Greedy decoding of a subset -> WER, CER; a language's token does not count as text."""
     model.eval()
     refs, hyps = [], []
     for group in dev.batches(torch.arange(len(dev.rows)), 2 * frames, None):
-        hyps += text.greedy(*model(*dev.take(group, device)))
-        refs += [transcript(dev.rows[i], lang_token) for i in group.tolist()]
+        found = text.greedy(*model(*dev.take(group, device)))
+        hyps += [split_language(hyp)[1] for hyp in found] if lang_token else found
+        refs += [dev.rows[i]["text"] for i in group.tolist()]
     model.train()
     return jiwer.wer(refs, hyps), jiwer.cer(refs, hyps)
 
@@ -505,6 +521,10 @@ def check_same_run(path: Path, saved: dict, settings: TrainSettings, meta: dict)
             raise InputError(f"{path} was trained with --{name.replace('_', '-')} {saved['settings'][name]}, now {value}: "
                              f"give another --out, or delete the file")
     check_same_tokens(path, saved["meta"], settings.tokens, meta)
+    for name in ("corpus", "train", "dev", "speeds", "noise", "snr", "seed"):
+        if saved["meta"].get(name) != meta.get(name):
+            raise InputError(f"{path} was trained on tokens with {name} {saved['meta'].get(name)}, {settings.tokens} has {meta.get(name)}: "
+                             f"give another --out, or delete the file")
 
 
 def check_same_tokens(path: str | Path, meta: dict, tokens: str | Path, found: dict) -> None:
@@ -578,6 +598,8 @@ if __name__ == "__main__":
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}; the last finished epoch is kept, the same command continues", file=sys.stderr)
         sys.exit(2)
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as error:        # on a CPU torch has no type of its own for it
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
         print("error: out of memory; try a smaller --batch or --size, or --device cpu", file=sys.stderr)
         sys.exit(2)
