@@ -88,7 +88,7 @@ def read_subset(folder: Path, subset: str) -> tuple[list[Utterance], list[str]]:
     else:
         found, skipped = read_librispeech(folder, subset)
     kept: dict[str, Utterance] = {}
-    for name, text, lang, audio, *told in found:        # told: the duration that a manifest's row may give
+    for name, text, lang, audio, *promised in found:    # seconds, where a manifest's row gives them
         text = " ".join(text.replace("\ufeff", "").split())
         if not name or len(name.encode(errors="replace")) > 200:                 # with its endings it must fit a file name, 255 bytes
             name = name[:40] + hashlib.sha256(name.encode(errors="replace")).hexdigest()[:16]
@@ -102,7 +102,7 @@ def read_subset(folder: Path, subset: str) -> tuple[list[Utterance], list[str]]:
                 raise InputError(f"{audio}: no such file")
             info = sf.info(audio)
             seconds = info.frames / info.samplerate
-            if told and isinstance(told[0], (int, float)) and told[0] < 0.8 * seconds:
+            if promised and isinstance(promised[0], (int, float)) and promised[0] < 0.8 * seconds:
                 raise InputError(f"{audio}: lasts {seconds:.1f} s, and its row means a piece of it; cut it out first")
             kept[name] = Utterance(name, text, lang, audio, seconds)
         except InputError as error:
@@ -140,9 +140,9 @@ def read_rows(manifest: Path) -> tuple[list[tuple], list[str]]:
     for row in rows:
         # The id becomes a file name: whatever the path held, it cannot lead out of --out.
         name = re.sub(r"[^\w-]+", "-", str(Path(row["audio_filepath"]).with_suffix(""))).strip("-")
-        told = 0.0 if row.get("offset") else row.get("duration")                # seconds, of a piece that begins where the file does
+        seconds = 0.0 if row.get("offset") else row.get("duration")             # a piece from further on: never the whole file
         if isinstance(row.get("text") or "", str):
-            found.append((name, row.get("text") or "", str(row.get("lang") or ""), manifest.parent / row["audio_filepath"], told))
+            found.append((name, row.get("text") or "", str(row.get("lang") or ""), manifest.parent / row["audio_filepath"], seconds))
         else:
             skipped.append(f"{manifest}: the text of {row['audio_filepath']} is none")
     return found, skipped
