@@ -184,6 +184,9 @@ class CodecASR(nn.Module):
         self.register_buffer("deviation", torch.ones(features))
         self.project = nn.Linear(features, width)
         self.subsample = nn.ModuleList(nn.Conv1d(width, width, 3, 2, padding=1) for _ in range(subsampling.bit_length() - 1))
+        for conv in self.subsample:     # keeps the input's size; torch's own start leaves a tenth of it, too little for CTC to begin on
+            nn.init.kaiming_normal_(conv.weight)
+            nn.init.zeros_(conv.bias)
         self.drop = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(ConformerBlock(width, heads, kernel, dropout) for _ in range(layers))
         self.output = nn.Linear(width, vocab_size)

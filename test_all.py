@@ -957,6 +957,15 @@ class Recogniser(Case):
             emb = first.embedding(frames[..., :2], torch.ones(2, 30, 2))
             self.assertClose(emb.transpose(1, 2), quantizer.decode(tokens[:, :2]))
 
+    def test_subsampling_keeps_the_size_of_the_input(self):
+        size = {}                                       # how much the first block's input moves over time
+        for subsampling in (1, 2, 4):
+            model = self.model(num_codebooks=0, subsampling=subsampling)
+            model.blocks[0].register_forward_pre_hook(lambda _, inputs: size.update({subsampling: inputs[0].std(1).mean()}))
+            model(torch.randn(2, 400, 8), torch.tensor([400, 400]))
+        for subsampling in (2, 4):
+            self.assertGreater(size[subsampling] / size[1], 0.4)
+
     def test_attention_knows_the_order_of_frames(self):
         model, tokens, token_len = self.model(), self.tokens(1, 30, 3), torch.tensor([30])
         for block in model.blocks:                      # without convolution, only positions can tell a sequence from its mirror image
