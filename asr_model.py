@@ -199,8 +199,10 @@ class CodecASR(nn.Module):
             self.embedding.tables.copy_(codebooks[:self.num_codebooks].flatten(0, 1))
         emb = self.embedding(sample[None], torch.ones(1, *sample.shape)) if self.embedding else sample.float()[None]
         self.mean.copy_(emb.mean((0, 1)))
-        # A dimension that never moves (a codebook dropped, a silent band) must not be blown up.
-        self.deviation.copy_(emb.std((0, 1)).clamp(min=1e-2 * emb.std()))
+        # A dimension that never moves (FSQ's rows side by side have many) is not blown up; the others make up for its size.
+        deviation = emb.std((0, 1))
+        moves = deviation > 1e-2 * emb.std()
+        self.deviation.copy_(torch.where(moves, deviation, 1.0) * moves.float().mean().sqrt())
 
     def forward(self, tokens: Tensor, token_len: Tensor) -> tuple[Tensor, Tensor]:
         """tokens (B, T, Q) of any integer type, or features (B, T, D) -> log_probs (B, T', V), out_len (B,)."""

@@ -957,6 +957,16 @@ class Recogniser(Case):
             emb = first.embedding(frames[..., :2], torch.ones(2, 30, 2))
             self.assertClose(emb.transpose(1, 2), quantizer.decode(tokens[:, :2]))
 
+    def test_dimensions_that_never_move_are_not_blown_up(self):
+        fsq = GroupFSQ(4)
+        sample = fsq.encode(torch.randn(1, 16, 500))[0].T                                       # (N, Q)
+        for aggregate in ("sum", "stack"):              # side by side, 12 dimensions of each row are always 0
+            model = self.model(num_codebooks=4, codebook_size=fsq.codebook_size, dim=16, aggregate=aggregate)
+            model.start_from(fsq.codebooks(), sample)
+            normal = (model.embedding(sample[None], torch.ones(1, *sample.shape)) - model.mean) / model.deviation
+            self.assertClose(normal.square().mean(), torch.tensor(1.0), atol=1e-2)
+            self.assertGreater(model.deviation.min(), 0.1)
+
     def test_subsampling_keeps_the_size_of_the_input(self):
         size = {}                                       # how much the first block's input moves over time
         for subsampling in (1, 2, 4):
