@@ -85,7 +85,8 @@ class TokenEmbedding(nn.Module):
     def __init__(self, num_codebooks: int, codebook_size: int, dim: int, aggregate: str):
         super().__init__()
         self.aggregate, self.codebook_size = aggregate, codebook_size
-        self.tables = nn.Parameter(torch.randn(num_codebooks * codebook_size, dim) * (1 / num_codebooks) ** 0.5)
+        # Small, as Adam moves a row by the learning rate whatever its size: of rows near 1 it would take forever to change any.
+        self.tables = nn.Parameter(0.02 * torch.randn(num_codebooks * codebook_size, dim))
         self.register_buffer("offset", torch.arange(num_codebooks) * codebook_size, persistent=False)
         self.out_dim = dim * num_codebooks if aggregate == "stack" else dim
 

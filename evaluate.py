@@ -137,7 +137,8 @@ def beam_search(text: Text, beam: int, lm: str):
         raise InputError(f"--beam: {str(error).splitlines()[0]}; pip install flashlight-text, or leave --beam out") from None
     pieces = [text.units.id_to_piece(i) for i in range(len(text))]
     try:
-        decoder = ctc_decoder(lexicon=None, tokens=pieces, lm=lm or None, beam_size=beam, blank_token=pieces[0], sil_token="\u2581")
+        decoder = ctc_decoder(lexicon=None, tokens=pieces, lm=lm or None, beam_size=beam, log_add=True, blank_token=pieces[0],
+                              sil_token="\u2581")
     except RuntimeError:
         raise InputError(f"--lm {lm}: not a language model that KenLM reads") from None
 
@@ -389,14 +390,17 @@ def content(settings: EvalSettings) -> None:
         phones += [names[i] for i in np.searchsorted(np.array(ends, int), middle, side="right").clip(max=len(names) - 1)]
         voices += [speaker] * frames
     phones, voices = (np.unique(labels, return_inverse=True)[1] for labels in (phones, voices))
-    shuffle = np.random.default_rng(settings.seed).permutation(len(phones))
+    random, utterances = np.random.default_rng(settings.seed), np.split(np.arange(len(phones)), data.lengths.cumsum(0)[:-1])
+    strangers = [np.concatenate([utterances[i] for i in random.permutation(len(utterances))]) for _ in range(5)]
     page = "| codebook | phoneme, bits | share of what there is to know | voice, bits | share |\n|---|---|---|---|---|\n"
     for level in range(meta["codebooks"]):
         codes = data.flat[:, level].numpy().astype(np.int64)
         row = {"codebook": level}
         for name, labels in (("phoneme", phones), ("voice", voices)):
-            # With so many codes, chance alone looks like information: take off what shuffled labels give.
-            bits = max(0.0, mutual_information(codes, labels) - mutual_information(codes, labels[shuffle]))
+            # With so many codes, chance alone looks like information: take off what the labels of other utterances give.
+            # Not of single frames: those of an utterance share sounds and voice, and leave more to chance.
+            chance = np.mean([mutual_information(codes, labels[order]) for order in strangers])
+            bits = max(0.0, mutual_information(codes, labels) - chance)
             row |= {name: bits, f"{name}_share": bits / mutual_information(labels, labels)}
         rows.append(row)
         page += (f"| {level} | {row['phoneme']:.2f} | {100 * row['phoneme_share']:.0f} % | "

@@ -967,6 +967,16 @@ class Recogniser(Case):
             self.assertClose(normal.square().mean(), torch.tensor(1.0), atol=1e-2)
             self.assertGreater(model.deviation.min(), 0.1)
 
+    def test_random_tables_move_at_a_step_of_the_optimiser(self):
+        model, sample = self.model(), self.tokens(500, 3)
+        model.start_from(None, sample)
+        optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        normal = lambda: (model.embedding(sample[None], torch.ones(1, 500, 3)) - model.mean) / model.deviation
+        before = normal().detach()
+        normal()[..., 0].sum().backward()
+        optimiser.step()
+        self.assertGreater((normal() - before)[..., 0].abs().mean(), 0.05)
+
     def test_subsampling_keeps_the_size_of_the_input(self):
         size = {}                                       # how much the first block's input moves over time
         for subsampling in (1, 2, 4):
