@@ -203,7 +203,7 @@ class CodecASR(nn.Module):
         # A dimension that never moves (FSQ's rows side by side have many) is not blown up; the others make up for its size.
         deviation = emb.std((0, 1))
         moves = deviation > 1e-2 * emb.std()
-        self.deviation.copy_(torch.where(moves, deviation, 1.0) * moves.float().mean().sqrt())
+        self.deviation.copy_(torch.where(moves, deviation, 1.0) * (moves.float().mean().sqrt() or 1.0))     # silence: none moves
 
     def forward(self, tokens: Tensor, token_len: Tensor) -> tuple[Tensor, Tensor]:
         """tokens (B, T, Q) of any integer type, or features (B, T, D) -> log_probs (B, T', V), out_len (B,)."""

@@ -966,6 +966,8 @@ class Recogniser(Case):
             normal = (model.embedding(sample[None], torch.ones(1, *sample.shape)) - model.mean) / model.deviation
             self.assertClose(normal.square().mean(), torch.tensor(1.0), atol=1e-2)
             self.assertGreater(model.deviation.min(), 0.1)
+            model.start_from(fsq.codebooks(), sample[:1].expand(100, -1))                       # one sound throughout
+            self.assertTrue(model(sample[None], torch.tensor([500]))[0].isfinite().all())
 
     def test_random_tables_move_at_a_step_of_the_optimiser(self):
         model, sample = self.model(), self.tokens(500, 3)
