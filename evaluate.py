@@ -1,24 +1,28 @@
 """Stage 4: judge, compare, show and use a trained recogniser.
 
 in   runs/asr/asr.pt, and the tokens that it was trained on
-out  runs/eval/report.json, report.md       word and character error rates with intervals, and examples
+out  runs/eval/report.json, report.md       word and character error rates, with intervals
      (compare, content, benchmark: likewise; pictures with --plots)
 
-    python evaluate.py                                                  # the test subsets of the trained run
-    python evaluate.py --audio talk.mp3                                 # transcribe
-    python evaluate.py --noise white babble --snr 20 10 5 0             # audio is degraded, re-encoded, recognised
-    python evaluate.py --compare runs/asr runs/asr-mel                  # one table; is the difference significant?
+    python evaluate.py                                              # the test subsets
+    python evaluate.py --audio talk.mp3                             # transcribe
+    python evaluate.py --noise white babble --snr 20 10 0           # degrade, encode, recognise
+    python evaluate.py --compare runs/asr runs/asr-mel              # one table, with differences
 
-WER, CER: word and character error rate, (substitutions + deletions + insertions) / reference length.
+WER, CER: word and character error rate, (substitutions + deletions + insertions) / length.
+Intervals: 95 %, by a bootstrap that resamples speakers where there are five or more.
 """
 
+import gzip
+import itertools
 import json
-import math
-import resource
+import platform
+import shlex
+import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import jiwer
@@ -27,652 +31,535 @@ import soundfile as sf
 import torch
 import torchaudio
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import asr_model
 from asr_model import CodecASR
-from codec import (SAMPLE_RATE, SIZES as CODEC_SIZES, Codec, CodecSettings, InputError, LogMel, MelDistance, option, parse,
-                   pick_device, read_audio, run, train_step as codec_step, write_atomically)
-from quantizers import GroupFSQ, ResidualVQ
-from tokenize_corpus import FrontEnd, Noise
-import train_asr
-from train_asr import Text, TokenSet, build_model, check_same_tokens, fitting, load_checkpoint, split_language
+from codec import (SAMPLE_RATE, Codec, HelpPage, LogMel, pick_device, read_audio,
+                   update, write_atomically)
+from tokenize_corpus import FrontEnd, Noise, Utterance
+from train_asr import (Text, TokenSet, build_model, check_same_tokens, load_checkpoint, read_meta,
+                       split_language, transcript)
 
 
-@dataclass
-class EvalSettings:
-    asr: str = option("runs/asr/asr.pt", "trained recogniser")
-    tokens: str = option("", "folder of tokens; empty: the one it was trained on")
-    codec: str = option("", "codec for --audio and --noise; empty: the one that made the tokens")
-    test: tuple = option((), "subsets to judge on; empty: the test subsets of the tokens", type=str)
-    noise: tuple = option((), "also judge in noise: white, pink, babble, or folders of audio", type=str)
-    snr: tuple = option((20.0, 10.0, 5.0, 0.0), "signal-to-noise ratios in dB", type=float)
-    audio: tuple = option((), "transcribe these files, then stop", type=str)
-    beam: int = option(0, "beam search with this many hypotheses (needs flashlight-text); 0: greedy")
-    lm: str = option("", "KenLM language model for --beam, over text units (letters), not over words")
-    compare: tuple = option((), "run folders (each with an asr.pt): one table of all", type=str)
-    content: bool = option(False, "measure what the tokens tell of phoneme and voice (synthetic corpus)")
-    benchmark: bool = option(False, "measure speed instead of accuracy")
-    plots: bool = option(False, "also draw pictures (needs matplotlib)")
-    seed: int = option(0, "random seed of noise and bootstrap")
-    device: str = option("auto", "auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"))
-    out: str = option("runs/eval", "folder to write")
-
-    def __post_init__(self):
-        if self.seed < 0 or self.beam < 0:
-            raise InputError("--seed and --beam must be at least 0")
-        if self.lm and not (self.beam and Path(self.lm).is_file()):
-            raise InputError(f"--lm {self.lm}: " + ("no such file" if self.beam else "only --beam uses a language model"))
-        others = {"audio": "noise tokens test compare", "compare": "noise tokens codec", "content": "noise codec test beam audio compare",
-                  "benchmark": "noise tokens codec test beam audio compare content"}
-        for mode, unused in others.items():
-            for name in unused.split():
-                if getattr(self, mode) and getattr(self, name):
-                    raise InputError(f"--{mode} has no use for --{name}: leave one of them out")
-
-
-# ---------------------------------------------------------------------------------------------------- recognising
+# ------------------------------------------------------------------------------------- recognising
 
 class Recogniser:
     """A trained run, ready for use: arrays in, texts out."""
 
-    def __init__(self, path: str | Path, device: str = "cpu", beam: int = 0, lm: str = ""):
-        saved = load_checkpoint(path, device)
-        self.path, self.device, self.settings, self.meta = Path(path), torch.device(device), saved["settings"], saved["meta"]
+    def __init__(self, path: str | Path, args: Namespace):
+        saved = load_checkpoint(path)
+        self.path, self.device = Path(path), torch.device(pick_device(args.device))
+        self.flags, self.meta = saved["flags"], saved["meta"]
         self.text = Text(saved["text"])
-        with fitting(path):
-            self.model = build_model(self.settings, self.meta, len(self.text)).to(device).eval()
-            self.model.load_state_dict(saved["model"])
-        self.search = beam_search(self.text, beam, lm) if beam else self.text.greedy
+        self.model = build_model(self.flags, self.meta, len(self.text))
+        self.model.load_state_dict(saved["model"])
+        self.model.to(self.device).eval()
+        self.search = beam_search(self.text, args) if args.lm else self.text.greedy
 
-    @property
-    def bitrate(self) -> int | None:
-        """Bits a second of the tokens that it reads; None for features."""
-        used = (self.settings["codebooks"] or self.meta["codebooks"]) / max(1, self.meta["codebooks"])
-        return round(self.meta["bitrate"] * used) if self.meta["bitrate"] else None
-
-    def front_end(self, codec: str) -> FrontEnd:
-        """What made its training tokens; InputError when the codec at hand is another one."""
-        front_end = FrontEnd(self.meta["features"], codec or self.meta["codec_path"], self.meta["hop"], str(self.device),
-                             self.meta.get("kbps", 6.0))
-        if front_end.meta["codec"] != self.meta["codec"]:
-            raise InputError(f"{self.path} was trained on tokens of codec {self.meta['codec']}, "
-                             f"{front_end.meta['codec_path']} is codec {front_end.meta['codec']}: give its own with --codec")
+    def front_end(self, codec: str | None) -> FrontEnd:
+        """What made its tokens. Raises ValueError when the codec at hand is another one."""
+        named = self.meta["codec_path"]             # relative to this checkpoint
+        codec = codec or (named if named == "encodec" else str(self.path.parent / named))
+        front_end = FrontEnd(self.meta["features"], codec, self.meta["hop"], str(self.device))
+        check_same_tokens(self.path, self.meta, codec, front_end.meta)
         return front_end
 
     @torch.inference_mode()
-    def __call__(self, data: TokenSet) -> tuple[list[str], float]:
-        """-> texts in the order of data.rows, seconds that it took."""
-        texts, began = [""] * len(data.lengths), time.perf_counter()
-        frames = round(80 * self.meta["sample_rate"] / self.meta["hop"])
-        for group in tqdm(data.batches(torch.arange(len(texts)), frames, None), desc="recognising", leave=False):
-            for i, hyp in zip(group.tolist(), self.search(*self.model(*data.take(group, self.device)))):
-                texts[i] = hyp
-        return texts, time.perf_counter() - began
+    def log_probs(self, array: Tensor) -> Tensor:
+        """A recording of any length, (T, Q) or (T, D) -> (1, T', V), in bounded memory.
 
-    @torch.inference_mode()
-    def long(self, array: np.ndarray, seconds: float = 20.0, margin: float = 2.0) -> str:
-        """A recording of any length, (T, Q) or (T, D) -> text, in bounded memory.
+        What is longer than a minute goes through in windows. They overlap by ten seconds, of which
+        each gives half, so that no word at a seam is lost or repeated.
+        """
+        factor = self.flags["subsampling"]
+        second = round(self.meta["sample_rate"] / self.meta["hop"] / factor)    # in output frames
+        array = array[None, :, :self.flags["codebooks"] or None].to(self.device)
+        parts = []
+        for start in range(0, -(-array.shape[1] // factor), 50 * second):
+            first = max(0, start - 5 * second)
+            part = array[:, first * factor:(start + 55 * second) * factor]
+            log_probs, _ = self.model(part, torch.tensor([part.shape[1]], device=self.device))
+            parts.append(log_probs[:, start - first:start - first + 50 * second].cpu())
+        return torch.cat(parts, 1)
 
-        Windows overlap by twice the margin; of each only the middle counts. The log-probabilities are joined, frame by
-        frame, before they are decoded: a word at a seam is neither lost nor said twice."""
-        rate = self.meta["sample_rate"] / self.meta["hop"] / self.settings["subsampling"]          # output frames a second
-        keep, edge, sub = round((seconds - 2 * margin) * rate), round(margin * rate), self.settings["subsampling"]
-        total, pieces = -(-len(array) // sub), []
-        for start in tqdm(range(0, total, keep), desc="recognising", leave=False, disable=total < 10 * keep):
-            first = max(0, start - edge)
-            part = torch.from_numpy(array[first * sub:(start + keep + edge) * sub])[None].to(self.device)
-            log_probs, _ = self.model(part[..., :self.settings["codebooks"] or None], torch.tensor([part.shape[1]], device=self.device))
-            pieces.append(log_probs[:, start - first:start - first + keep].cpu())
-        log_probs = torch.cat(pieces, 1)
+    def recognise(self, array: Tensor) -> str:
+        """A recording (T, Q) or (T, D) -> its text."""
+        log_probs = self.log_probs(array)
         return self.search(log_probs, torch.tensor([log_probs.shape[1]]))[0]
 
+    def score(self, rows: list[dict], arrays: list[Tensor]) -> "Score":
+        progress = tqdm(arrays, "recognising", leave=False, disable=None)
+        return Score(rows, [self.recognise(array) for array in progress])
 
-def beam_search(text: Text, beam: int, lm: str):
-    """-> a function with the interface of Text.greedy."""
+
+def beam_search(text: Text, args: Namespace):
+    """Word-level beam search with the words of an ARPA language model, as it is or gzipped.
+
+    -> a function with the interface of Text.greedy. Words are spelled in the model's text units.
+    """
     try:
         from torchaudio.models.decoder import ctc_decoder
-    except (ImportError, RuntimeError) as error:        # torchaudio raises either
-        raise InputError(f"--beam: {str(error).splitlines()[0]}; pip install flashlight-text, or leave --beam out") from None
+    except (ImportError, RuntimeError):
+        raise ValueError("--lm: the beam search needs pip install flashlight-text")
     pieces = [text.units.id_to_piece(i) for i in range(len(text))]
+    opened = gzip.open if args.lm.endswith(".gz") else open
     try:
-        decoder = ctc_decoder(lexicon=None, tokens=pieces, lm=lm or None, beam_size=beam, log_add=True, blank_token=pieces[0],
-                              sil_token="\u2581")
-    except RuntimeError:
-        raise InputError(f"--lm {lm}: not a language model that KenLM reads") from None
+        with opened(args.lm, "rt", encoding="utf-8") as arpa:
+            unigrams = itertools.takewhile(lambda line: not line.startswith("\\2-grams"), arpa)
+            words = [line.split()[1] for line in unigrams if line.count("\t")]
+        with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as lexicon:
+            for word in words:
+                if word[0] != "<" and 0 not in text.encode(word):
+                    print(word, *text.units.encode(word, out_type=str), file=lexicon)
+            lexicon.flush()
+            decoder = ctc_decoder(
+                lexicon=lexicon.name, tokens=pieces, lm=args.lm, beam_size=args.beam,
+                lm_weight=args.lm_weight, word_score=args.word_score,
+                blank_token=pieces[0], sil_token=pieces[0], unk_word="<unk>")
+    except (RuntimeError, UnicodeDecodeError, EOFError):
+        raise ValueError(f"--lm {args.lm}: not a word language model in ARPA form")
 
     def search(log_probs: Tensor, out_len: Tensor) -> list[str]:
-        best = decoder(log_probs.float().cpu().contiguous(), out_len.cpu())
-        return [text.decode([i for i in hyps[0].tokens.tolist() if i]) for hyps in best]
+        found = decoder(log_probs.float().cpu().contiguous(), out_len.cpu())
+        return [" ".join(best[0].words) if best else "" for best in found]
     return search
 
 
-def transcribe(settings: EvalSettings) -> None:
-    recogniser = Recogniser(settings.asr, pick_device(settings.device), settings.beam, settings.lm)
-    front_end, failed = recogniser.front_end(settings.codec), 0
-    for path in settings.audio:
+def transcribe(args: Namespace) -> None:
+    """Print what is said in each file; with --plots, draw it too."""
+    recogniser = Recogniser(args.asr, args)
+    front_end, failed = recogniser.front_end(args.codec), 0
+    for path in args.audio:
         try:
-            wav, began = read_audio(path), time.perf_counter()
-        except InputError as error:
+            wav = read_audio(path)
+        except ValueError as error:
             print(f"skipped: {error}")
             failed += 1
             continue
-        print(f"{path}: {recogniser.long(front_end([wav])[0])}")
-        taken = time.perf_counter() - began
-        print(f"  ({len(wav) / SAMPLE_RATE:.1f} s of audio in {taken:.2f} s)")
-    if failed == len(settings.audio):
-        raise InputError("none of the files could be read")
+        array = torch.from_numpy(front_end(wav))
+        print(f"{path}: {recogniser.recognise(array)}")
+        if args.plots:
+            plot_utterance(recogniser, wav, array, Path(args.out) / f"{Path(path).stem}.png")
+    if failed == len(args.audio):
+        raise ValueError("none of the files could be read")
 
 
-# ---------------------------------------------------------------------------------------------------- scoring
+# ----------------------------------------------------------------------------------------- scoring
 
 class Score:
-    """Errors of each utterance, so that rates, intervals and paired comparisons come from one count."""
+    """Errors and reference lengths of each utterance, so that every rate comes from one count."""
 
-    def __init__(self, refs: list[str], hyps: list[str]):
-        self.words, self.kinds = self.count(jiwer.process_words(refs, hyps))
-        self.chars, _ = self.count(jiwer.process_characters(refs, hyps))
-        self.refs, self.hyps = refs, hyps
+    def __init__(self, rows: list[dict], hyps: list[str]):
+        self.rows, self.hyps = rows, [split_language(hyp) for hyp in hyps]
+        self.refs = [row["text"] for row in rows]
+        texts = [text for _, text in self.hyps]
+        self.words = errors(jiwer.process_words, self.refs, texts)
+        self.chars = errors(jiwer.process_characters, self.refs, texts)
+        speakers = [row["speaker"] for row in rows]
+        # The bootstrap draws speakers; where these are few, or unknown, utterances.
+        units = speakers if len(set(speakers)) >= 5 else range(len(rows))
+        self.groups = np.unique(list(units), return_inverse=True)[1]
 
-    @staticmethod
-    def count(result) -> tuple[np.ndarray, dict[str, int]]:
-        """-> (errors, reference length) an utterance (N, 2), and totals of each kind of error."""
-        errors = [sum(max(c.ref_end_idx - c.ref_start_idx, c.hyp_end_idx - c.hyp_start_idx) for c in chunks if c.type != "equal")
-                  for chunks in result.alignments]
-        totals = {"substitutions": result.substitutions, "deletions": result.deletions, "insertions": result.insertions}
-        return np.array([errors, [len(ref) for ref in result.references]]).T, totals
+    def summary(self, seed: int) -> dict:
+        by_speaker = {}     # speaker: word errors, words, character errors, characters
+        for row, counts in zip(self.rows, np.hstack([self.words, self.chars])):
+            by_speaker[row["speaker"]] = by_speaker.get(row["speaker"], 0) + counts
+        result = {"utterances": len(self.rows),
+                  "wer": rate(self.words), "wer_interval": interval(self.words, self.groups, seed),
+                  "cer": rate(self.chars), "cer_interval": interval(self.chars, self.groups, seed),
+                  "by_speaker": {name: total.tolist() for name, total in by_speaker.items()}}
+        languages = np.array([row["lang"] for row in self.rows])
+        named = np.array([lang for lang, _ in self.hyps])
+        if len(set(languages)) > 1:
+            result["cer_by_language"] = {lang: rate(self.chars[languages == lang])
+                                         for lang in sorted(set(languages))}
+        if named.any():
+            result["languages_named_right"] = float(np.mean(named == languages))
+        return result
 
-    def summary(self, seed: int = 0) -> dict:
-        return {"utterances": len(self.refs), "wer": error_rate(self.words), "wer_interval": interval(self.words, seed),
-                "cer": error_rate(self.chars), "cer_interval": interval(self.chars, seed), "words": int(self.words[:, 1].sum()), **self.kinds}
+
+def errors(process, refs: list[str], hyps: list[str]) -> np.ndarray:
+    """-> errors and reference length of each utterance, (N, 2)."""
+    counts = []
+    for found in map(process, refs, hyps):
+        missed = found.substitutions + found.deletions
+        counts.append((missed + found.insertions, missed + found.hits))
+    return np.array(counts)
 
 
-def error_rate(counts: np.ndarray) -> float:
-    """(N, 2) errors and lengths -> error rate."""
+def rate(counts: np.ndarray) -> float:
+    """Errors and lengths (N, 2) -> error rate."""
     return float(counts[:, 0].sum() / counts[:, 1].sum())
 
 
-def draws(size: int, seed: int, rounds: int = 1000) -> np.ndarray:
-    """Bootstrap over utterances (Bisani and Ney, 2004): row numbers (rounds, size)."""
-    return np.random.default_rng(seed).integers(size, size=(rounds, size))
+def resampled(counts: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
+    """Error rates of 1,000 bootstrap samples of the groups (Bisani and Ney, 2004)."""
+    totals = np.zeros((groups.max() + 1, 2))
+    np.add.at(totals, groups, counts)
+    drawn = np.random.default_rng(seed).integers(len(totals), size=(1000, len(totals)))
+    errors, lengths = totals[drawn].sum(1).T
+    return errors / lengths
 
 
-def interval(counts: np.ndarray, seed: int) -> list[float]:
+def interval(counts: np.ndarray, groups: np.ndarray, seed: int) -> list[float]:
     """95 % interval of the error rate."""
-    picked = counts[draws(len(counts), seed)].sum(1)
-    return np.percentile(picked[:, 0] / picked[:, 1], [2.5, 97.5]).tolist()
+    return np.percentile(resampled(counts, groups, seed), [2.5, 97.5]).tolist()
 
 
-def paired(counts: np.ndarray, others: np.ndarray, seed: int) -> list[float]:
-    """95 % interval of the difference of two error rates on the same utterances; significant when 0 lies outside."""
-    picks = draws(len(counts), seed)
-    one, two = counts[picks].sum(1), others[picks].sum(1)
-    return np.percentile(one[:, 0] / one[:, 1] - two[:, 0] / two[:, 1], [2.5, 97.5]).tolist()
+def difference(score: Score, other: Score, seed: int) -> list[float]:
+    """95 % interval of CER(score) - CER(other) on the same utterances, resampled together."""
+    ours = resampled(score.chars, score.groups, seed)
+    theirs = resampled(other.chars, score.groups, seed)
+    return np.percentile(ours - theirs, [2.5, 97.5]).tolist()
 
 
-def percent(value: float, interval: list[float]) -> str:
-    return f"{100 * value:.1f} ({100 * interval[0]:.1f}-{100 * interval[1]:.1f})"
+# ----------------------------------------------------------------------------------------- reports
+
+def percent(summary: dict, name: str) -> str:
+    low, high = summary[f"{name}_interval"]
+    return f"{100 * summary[name]:.1f} ({100 * low:.1f}-{100 * high:.1f})"
 
 
-# ---------------------------------------------------------------------------------------------------- reports
-
-def judge(recogniser: Recogniser, data: TokenSet, seed: int) -> tuple[Score, dict]:
-    """Recognise and score a subset -> score, summary with real-time factor and languages."""
-    hyps, seconds = recogniser(data)
-    if recogniser.settings["lang_token"]:
-        guesses, hyps = zip(*map(split_language, hyps))
-    score = Score([row["text"] for row in data.rows], list(hyps))
-    summary = score.summary(seed)
-    summary["real_time_factor"] = seconds / sum(row["duration"] for row in data.rows)
-    summary["unknown_characters"] = recogniser.text.unknown(score.refs)
-    languages = sorted({row["lang"] for row in data.rows} - {""})
-    if len(languages) > 1:
-        of = np.array([row["lang"] for row in data.rows])
-        summary["cer_by_language"] = {lang: [error_rate(score.chars[of == lang]), *interval(score.chars[of == lang], seed)] for lang in languages}
-        summary["cer_language_mean"] = float(np.mean([cer for cer, *_ in summary["cer_by_language"].values()]))
-        if recogniser.settings["lang_token"]:
-            summary["language_accuracy"] = float(np.mean([guess == lang for guess, lang in zip(guesses, of)]))
-    return score, summary
+def table(header: list[str], rows: list[list]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
-HEADER = ("| test | utterances | WER % (95 %) | CER % (95 %) | sub / del / ins | real-time factor, tokens to text |\n"
-          "|---|---|---|---|---|---|\n")
-
-
-def table_row(name: str, s: dict) -> str:
-    return (f"| {name} | {s['utterances']} | {percent(s['wer'], s['wer_interval'])} | {percent(s['cer'], s['cer_interval'])} | "
-            f"{s['substitutions']} / {s['deletions']} / {s['insertions']} | {s['real_time_factor']:.4f} |\n")
-
-
-def examples(score: Score, count: int = 3) -> str:
-    """The worst utterances and some from the middle, reference above hypothesis."""
-    order = np.argsort(-score.chars[:, 0] / score.chars[:, 1].clip(1), kind="stable")
-    lines = []
-    for title, picked in (("worst", order[:count]), ("typical", order[len(order) // 2:][:count])):
-        lines += [f"\n{title}:\n"] + [f"    ref  {score.refs[i]}\n    hyp  {score.hyps[i]}\n\n" for i in picked]
-    return "".join(lines)
-
-
-def evaluate(settings: EvalSettings) -> None:
-    recogniser = Recogniser(settings.asr, pick_device(settings.device), settings.beam, settings.lm)
-    tokens, meta = settings.tokens or recogniser.settings["tokens"], recogniser.meta
-    found = train_asr.read_meta(tokens)
-    check_same_tokens(settings.asr, meta, tokens, found)
-    front_end = recogniser.front_end(settings.codec) if settings.noise else None
-    report, page, details = {"asr": settings.asr, "beam": settings.beam, "test": {}}, HEADER, ""
-    subsets = {subset: TokenSet(tokens, [subset], recogniser.settings["codebooks"]) for subset in settings.test or found["test"]}
-    for snr in settings.snr:
-        Noise(settings.noise, (snr, snr), [], settings.seed)                    # a kind or ratio that cannot be is told before the work
-    for subset, data in subsets.items():
-        score, summary = judge(recogniser, data, settings.seed)
-        report["test"][subset] = summary
-        page += table_row(subset, summary)
-        details += f"\n### {subset}\n" + remarks(summary) + examples(score)
-        for kind in settings.noise:
-            for snr in settings.snr:
-                noisy = degrade(recogniser, front_end, data, kind, snr, settings.seed)
-                _, summary = judge(recogniser, noisy, settings.seed)
-                report["test"][f"{subset}, {kind} {snr:g} dB"] = summary
-                page += table_row(f"{subset}, {kind} {snr:g} dB", summary)
-    out = save_report(settings.out, "report", report, details + "\n" + page)
-    if settings.plots:
-        plot_utterance(recogniser, data, len(data.rows) // 2, out)
-        plot_curves([str(recogniser.path.parent)], out)
-        if meta["features"] == "tokens" and meta["codec_path"] != "encodec":
-            codec = Codec.load(settings.codec or meta["codec_path"], str(recogniser.device))
-            plot_codec(codec, data.rows[len(data.rows) // 2], data, out)
-        if settings.noise:
-            plot_noise(report["test"], out)
-
-
-def save_report(folder: str, name: str, report: dict | list, page: str) -> Path:
-    """Print the page; write folder/name.md and name.json."""
-    out = Path(folder)
+def save_report(args: Namespace, name: str, report: dict, page: str) -> Path:
+    """Print the page; write it to name.md, and the numbers with their origin to name.json."""
+    out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    git = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
+    origin = {"command": shlex.join(sys.argv), "seed": args.seed,
+              "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+              "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"}
     write_atomically(out / f"{name}.md", page.encode())
-    write_atomically(out / f"{name}.json", json.dumps(report, indent=1).encode())
+    write_atomically(out / f"{name}.json", json.dumps(origin | report, indent=1).encode())
     print(f"{page}\nwrote {out / name}.md and .json")
     return out
 
 
-def remarks(summary: dict) -> str:
-    """What only some test sets have: letters that the recogniser has never seen, several languages."""
-    unknown = (f"\n{summary['unknown_characters']} characters of the transcripts are not among the text units: they cannot be written, "
-               f"and count as errors.\n" if summary["unknown_characters"] else "")
-    if "cer_by_language" not in summary:
-        return unknown
-    rows = "".join(f"| {lang} | {percent(cer, bounds)} |\n" for lang, (cer, *bounds) in summary["cer_by_language"].items())
-    accuracy = f"\nlanguage identified: {100 * summary['language_accuracy']:.1f} %\n" if "language_accuracy" in summary else ""
-    return unknown + f"\n| language | CER % (95 %) |\n|---|---|\n{rows}| mean | {100 * summary['cer_language_mean']:.1f} |\n{accuracy}"
+def evaluate(args: Namespace) -> None:
+    """Judge the test subsets, clean and in noise."""
+    recogniser = Recogniser(args.asr, args)
+    tokens = args.tokens or recogniser.flags["tokens"]
+    found = read_meta(tokens)
+    check_same_tokens(args.asr, recogniser.meta, tokens, found)
+    front_end = recogniser.front_end(args.codec) if args.noise else None
+    report, page = {}, ""
+    for subset in args.test or found["test"]:
+        data = TokenSet(tokens, [subset])
+        began = time.perf_counter()
+        score = recogniser.score(data.rows, data.arrays)
+        speed = sum(row["duration"] for row in data.rows) / (time.perf_counter() - began)
+        report[subset] = score.summary(args.seed) | {"speech_per_second": speed}
+        page += f"\n{subset}: {speed:.0f} s of speech a second\n"
+        page += remarks(recogniser, score, report[subset])
+        for kind in args.noise:
+            for snr in args.snr or [20.0, 10.0, 0.0]:
+                arrays = degrade(front_end, data, kind, snr, args.seed)
+                summary = recogniser.score(data.rows, arrays).summary(args.seed)
+                report[f"{subset}, {kind} {snr:g} dB"] = summary | {"noise": kind, "snr": snr}
+    rows = [[name, summary["utterances"], percent(summary, "wer"), percent(summary, "cer")]
+            for name, summary in report.items()]
+    page += "\n" + table(["test", "utterances", "WER % (95 %)", "CER % (95 %)"], rows)
+    out = save_report(args, "report", {"asr": args.asr, "test": report}, page)
+    if args.plots:
+        plot_utterance(recogniser, read_audio(data.rows[0]["audio"]), data.arrays[0],
+                       out / "utterance.png")
+        if args.noise:
+            plot_noise(report, out / "noise.png")
+        if "cer_by_language" in report[subset]:
+            plot_bars({"CER": report[subset]["cer_by_language"]}, out / "languages.png")
 
 
-def degrade(recogniser: Recogniser, front_end: FrontEnd, data: TokenSet, kind: str, snr: float, seed: int) -> TokenSet:
-    """The same utterances with noise added to their audio, encoded anew."""
-    noise = Noise((kind,), (snr, snr), [Path(row["audio"]) for row in data.rows], seed)
-    arrays = [front_end([noise(read_audio(row["audio"]), row["id"], Path(row["audio"]))])[0]
-              for row in tqdm(data.rows, desc=f"{kind} {snr:g} dB", leave=False)]
-    return data.with_arrays([array[:, :recogniser.settings["codebooks"] or None] for array in arrays])
+def remarks(recogniser: Recogniser, score: Score, summary: dict) -> str:
+    """Unknown characters, languages, and five examples."""
+    page = ""
+    unknown = [ref for ref in score.refs if 0 in recogniser.text.encode(ref)]
+    if unknown:
+        page += f"{len(unknown)} transcripts have characters that training never showed\n"
+    if "cer_by_language" in summary:
+        cers = summary["cer_by_language"]
+        rows = [[lang, f"{100 * cer:.1f}"] for lang, cer in cers.items()]
+        page += table(["language", "CER %"], rows + [["mean", f"{100 * np.mean([*cers.values()]):.1f}"]])
+    if "languages_named_right" in summary:
+        page += f"languages named right: {summary['languages_named_right']:.1%}\n"
+    for i in range(0, len(score.refs), -(-len(score.refs) // 5)):
+        page += f"\n    ref  {score.refs[i]}\n    hyp  {score.hyps[i][1]}\n"
+    return page
 
 
-def read_log(folder: str | Path) -> list[dict]:
-    """A training run's log.jsonl: a row an epoch."""
-    path = Path(folder) / "log.jsonl"
-    try:
-        return [train_asr.parse_json(line, {"epoch": int, "dev_cer": float, "seconds_a_second": float})
-                for line in path.read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: missing or damaged ({error}); train_asr.py writes it anew after each epoch") from None
+def degrade(front_end: FrontEnd, data: TokenSet, kind: str, snr: float, seed: int) -> list[Tensor]:
+    """Arrays of the same utterances, noise added to their audio."""
+    items = [Utterance(row["id"], row["text"], row["lang"], row["speaker"], Path(row["audio"]))
+             for row in data.rows]
+    noise = Noise([kind], [snr, snr], items, seed)
+    return [torch.from_numpy(front_end(noise(read_audio(item.audio), item)))
+            for item in tqdm(items, f"{kind} {snr:g} dB", leave=False, disable=None)]
 
 
-def compare(settings: EvalSettings) -> None:
-    """One table of several runs, each against the first, on the same utterances."""
-    runs = [Recogniser(Path(folder) / "asr.pt", pick_device(settings.device), settings.beam, settings.lm) for folder in settings.compare]
-    everything = [{**run.settings, **{k: run.meta[k] for k in ("features", "codec", "hop")}, "bitrate": run.bitrate} for run in runs]
-    differ = [key for key in everything[0] if key not in ("out", "device") and len({str(e.get(key)) for e in everything}) > 1]
-    subsets = settings.test or runs[0].meta["test"]
-    page = f"| run | {' | '.join(differ)} | M parameters | training, s of speech a s | " + " | ".join(f"{s}: WER % | {s}: CER % | CER - first" for s in subsets) + " |\n"
-    page += "|" + "---|" * (page.count("|") - 1) + "\n"
-    report, first = [], {}
-    for folder, recogniser, values in zip(settings.compare, runs, everything):
-        row = {"run": folder, "bitrate": recogniser.bitrate, **{key: values.get(key) for key in differ},
-               "parameters": sum(p.numel() for p in recogniser.model.parameters()),
-               "training_speed": float(np.median([epoch["seconds_a_second"] for epoch in read_log(folder)])), "test": {}}
-        cells = [folder, *(str(values.get(key)) for key in differ), f"{row['parameters'] / 1e6:.2f}", f"{row['training_speed']:.0f}"]
+def compare(args: Namespace) -> None:
+    """One table of several runs: what differs, WER and CER, and the difference to the first."""
+    runs = {folder: Recogniser(Path(folder) / "asr.pt", args) for folder in args.compare}
+    subsets = args.test or runs[args.compare[0]].meta["test"]
+    rows, report, first = [], {}, {}
+    for folder, run in runs.items():
+        tokens, meta = run.flags["tokens"], run.meta
+        check_same_tokens(run.path, meta, tokens, read_meta(tokens))
+        used = (run.flags["codebooks"] or meta["codebooks"]) / max(1, meta["codebooks"])
+        log = (Path(folder) / "log.jsonl").read_text().splitlines()
+        report[folder] = {"flags": run.flags, "meta": meta, "bitrate": used * (meta["bitrate"] or 0),
+                          "log": [json.loads(line) for line in log], "test": {}}
         for subset in subsets:
-            check_same_tokens(folder, recogniser.meta, recogniser.settings["tokens"], train_asr.read_meta(recogniser.settings["tokens"]))
-            data = TokenSet(recogniser.settings["tokens"], [subset], recogniser.settings["codebooks"])
-            score, summary = judge(recogniser, data, settings.seed)
+            data = TokenSet(tokens, [subset])
+            score = run.score(data.rows, data.arrays)
             base = first.setdefault(subset, score)
-            if base.refs != score.refs:
-                raise InputError(f"{folder}: its {subset} holds other utterances than that of {settings.compare[0]}")
-            low, high = summary["cer_difference"] = paired(score.chars, base.chars, settings.seed)
-            row["test"][subset] = summary
-            verdict = "-" if base is score else f"{100 * low:+.1f} .. {100 * high:+.1f}" + (" *" if low * high > 0 else "")
-            cells += [percent(summary["wer"], summary["wer_interval"]), percent(summary["cer"], summary["cer_interval"]), verdict]
-        report.append(row)
-        page += "| " + " | ".join(cells) + " |\n"
-    page += "\n* significant: the 95 % interval of the difference (paired bootstrap over utterances) leaves out 0.\n"
-    out = save_report(settings.out, "compare", report, page)
-    if settings.plots:
-        plot_curves(settings.compare, out)
-        plot_bitrate(report, out)
+            if score.refs != base.refs:
+                raise ValueError(f"{folder}: its {subset} holds other utterances than that of "
+                                 f"{args.compare[0]}")
+            low, high = difference(score, base, args.seed)
+            summary = score.summary(args.seed) | {"cer_minus_first": [low, high]}
+            report[folder]["test"][subset] = summary
+            rows.append([folder, subset, percent(summary, "wer"), percent(summary, "cer"),
+                         f"{100 * low:+.1f} to {100 * high:+.1f}"])
+    header = ["run", "test", "WER % (95 %)", "CER % (95 %)", "CER minus the first run's (95 %)"]
+    out = save_report(args, "compare", {"runs": report}, table(header, rows))
+    if args.plots:
+        plot_comparison(report, out / "compare.png")
 
 
-# ---------------------------------------------------------------------------------------------------- what tokens carry
+# --------------------------------------------------------------------------- what the tokens carry
 
 def mutual_information(a: np.ndarray, b: np.ndarray) -> float:
-    """Bits that knowing `a` tells about `b`; both hold labels 0, 1, 2 ... (N,)."""
+    """Bits that knowing label a tells about label b: labels 0, 1, 2, ..., (N,) each."""
     joint = np.zeros((a.max() + 1, b.max() + 1))
     np.add.at(joint, (a, b), 1 / len(a))
     apart = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
-    return float((joint[joint > 0] * np.log2(joint[joint > 0] / apart[joint > 0])).sum())
+    seen = joint > 0
+    return float((joint[seen] * np.log2(joint[seen] / apart[seen])).sum())
 
 
-def content(settings: EvalSettings) -> None:
-    """Which codebook tells the phoneme, which the voice? On the synthetic corpus, whose phonemes are known exactly."""
-    folder, rows = settings.tokens or "runs/tokens", []
-    meta = train_asr.read_meta(folder)
-    if not meta["codebooks"]:
-        raise InputError(f"{folder}: holds {meta['features']}, not tokens")
-    data = TokenSet(folder, [*meta["train"], *meta["test"]])
-    phones, voices = [], []
-    for row, frames in zip(data.rows, data.lengths.tolist()):
-        speaker = row["id"].split("-")[0]
-        path = Path(row["audio"]).parent / f"{row['id'].rpartition('-')[0]}.phones.txt"
-        if not path.is_file():
-            raise InputError(f"{path}: no alignment; --content needs tokens of the synthetic corpus")
-        items = [item.split(":") for line in path.read_text().splitlines() if line.startswith(row["id"] + " ") for item in line.split()[1:]]
-        if not items or any(len(item) != 2 or not item[1].isdigit() for item in items):
-            raise InputError(f"{path}: has no alignment of {row['id']}, or a damaged one; delete the corpus to make it anew")
-        names, ends = zip(*items)
-        middle = (np.arange(frames) + 0.5) * meta["hop"] * SAMPLE_RATE / meta["sample_rate"]    # the sample in the middle of each token frame
-        phones += [names[i] for i in np.searchsorted(np.array(ends, int), middle, side="right").clip(max=len(names) - 1)]
-        voices += [speaker] * frames
-    phones, voices = (np.unique(labels, return_inverse=True)[1] for labels in (phones, voices))
-    random, utterances = np.random.default_rng(settings.seed), np.split(np.arange(len(phones)), data.lengths.cumsum(0)[:-1])
-    strangers = [np.concatenate([utterances[i] for i in random.permutation(len(utterances))]) for _ in range(5)]
-    page = "| codebook | phoneme, bits | share of what there is to know | voice, bits | share |\n|---|---|---|---|---|\n"
-    for level in range(meta["codebooks"]):
-        codes = data.flat[:, level].numpy().astype(np.int64)
-        row = {"codebook": level}
-        for name, labels in (("phoneme", phones), ("voice", voices)):
-            # With so many codes, chance alone looks like information: take off what the labels of other utterances give.
-            # Not of single frames: those of an utterance share sounds and voice, and leave more to chance.
-            chance = np.mean([mutual_information(codes, labels[order]) for order in strangers])
-            bits = max(0.0, mutual_information(codes, labels) - chance)
-            row |= {name: bits, f"{name}_share": bits / mutual_information(labels, labels)}
-        rows.append(row)
-        page += (f"| {level} | {row['phoneme']:.2f} | {100 * row['phoneme_share']:.0f} % | "
-                 f"{row['voice']:.2f} | {100 * row['voice_share']:.0f} % |\n")
-    out = save_report(settings.out, "content", rows, page)
-    if settings.plots:
-        plot_content(rows, out)
+def content(args: Namespace) -> None:
+    """What each codebook tells about the character being said, and about the speaker.
+
+    The recogniser itself says where its characters are, by forced alignment; each frame belongs to
+    the nearest one. So many codes look informative by chance: what the labels of other utterances
+    give is subtracted, which makes the result a lower bound.
+    """
+    recogniser = Recogniser(args.asr, args)
+    meta, flags = recogniser.meta, recogniser.flags
+    if not meta["codebooks"] or flags["subsampling"] > 1:
+        raise ValueError(f"{args.asr}: --content needs a run on tokens, without subsampling")
+    data = TokenSet(args.tokens or flags["tokens"], args.test or meta["test"])
+    names = sorted({row["speaker"] for row in data.rows})
+    labels = {"character": [], "speaker": []}               # of each utterance: (T,)
+    for row, array in zip(data.rows, data.arrays):
+        target = recogniser.text.encode(transcript(row, flags["lang_token"]))
+        labels["character"].append(align(recogniser.log_probs(array), [i for i in target if i]))
+        labels["speaker"].append(np.full(len(array), names.index(row["speaker"])))
+    order = np.random.default_rng(args.seed).permutation(len(data.rows))
+    rows, shares = [], {"character": {}, "speaker": {}}
+    for level, codes in enumerate(torch.cat(data.arrays).T.numpy().astype(int)):
+        rows.append([level])
+        for name, found in labels.items():
+            right, wrong = np.concatenate(found), np.concatenate([found[i] for i in order])
+            bits = mutual_information(codes, right) - mutual_information(codes, wrong)
+            shares[name][str(level)] = bits / mutual_information(right, right)
+            rows[-1] += [f"{bits:.2f}", f"{shares[name][str(level)]:.0%}"]
+    header = ["codebook", "character, bits", "of what there is", "speaker, bits", "of what there is"]
+    page = table(header, rows) + "\nLower bounds: what chance gives is subtracted.\n"
+    out = save_report(args, "content", {"asr": args.asr, "shares": shares, "rows": rows}, page)
+    if args.plots:
+        plot_bars(shares, out / "content.png")
 
 
-# ---------------------------------------------------------------------------------------------------- speed
-
-def race(ours, usual=None, rounds: int = 5) -> tuple[float, float]:
-    """Median seconds of both, run in turns, so that a slow moment of the machine hits both. Once before, unmeasured."""
-    times = [[], []]
-    for number in range(rounds + 1):
-        for function, taken in zip((ours, usual), times):
-            if function:
-                began = time.perf_counter()
-                function()
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                taken.append(time.perf_counter() - began)
-    return tuple(float(np.median(taken[1:])) if taken else math.nan for taken in times)
+def align(log_probs: Tensor, target: list[int]) -> np.ndarray:
+    """Forced alignment of one utterance, (1, T, V) -> the nearest text unit of each frame, (T,)."""
+    path, _ = torchaudio.functional.forced_align(log_probs, torch.tensor([target]), blank=0)
+    units = path[0].numpy()
+    said = np.flatnonzero(units)
+    middles = (said[1:] + said[:-1]) / 2
+    return units[said[np.searchsorted(middles, np.arange(len(units)))]]
 
 
-def codec_training(wav: Tensor, **more):
-    """A codec of size small, and a function that trains it by one step on wav (B, S)."""
-    settings = CodecSettings(size="small", **more)
-    codec, distance = Codec(settings).to(wav.device), MelDistance().to(wav.device)
-    nets, optimisers = [codec], [torch.optim.AdamW(codec.parameters())]
-    return codec, lambda: codec_step(nets, optimisers, distance, wav, 0, settings)
+# ------------------------------------------------------------------------------------------- speed
 
-
-def asr_training(model: torch.nn.Module, arrays, frames: int, device: str):
-    """A function that trains on one batch of 8; arrays() gives its input (8, frames, ...). Targets are the same for all."""
-    optimiser = torch.optim.AdamW(model.parameters())
-    targets = torch.randint(1, 30, (8, 100), device=device)
-    lengths, target_len = torch.full((8,), frames, device=device), torch.full((8,), 100, device=device)
-
-    def step() -> None:
-        with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
-            out, out_len = model.train()(arrays().to(device), lengths)
-        loss = torch.nn.functional.ctc_loss(out.float().log_softmax(-1).transpose(0, 1), targets, out_len, target_len)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    return step
-
-
-def usual_rvq(latent: Tensor, codebooks: Tensor) -> None:
-    """Residual quantization as it is mostly written; latent (B, D, T)."""
-    residual = latent.transpose(1, 2).flatten(0, 1)
-    for codebook in codebooks:
-        residual = residual - codebook[torch.cdist(residual, codebook).argmin(1)]
-
-
-def peak_memory(device: str) -> float:
-    """GB: on a GPU since the last call, elsewhere of the whole process so far."""
-    if device == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 1e9
-        torch.cuda.reset_peak_memory_stats()
-        return peak
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
-
-
-def benchmark(settings: EvalSettings) -> None:
-    """What a user waits for, in seconds of audio a second, beside the same work done the usual way, in one run."""
-    torch.manual_seed(settings.seed)
-    device, rows = pick_device(settings.device), []
-    size = "base" if device == "cuda" else "small"                              # of the recogniser
-    wav = 0.05 * torch.randn(8, 10 * SAMPLE_RATE, device=device)                # 8 utterances of 10 s
-    print(f"{torch.get_num_threads()} threads, {device}; seconds of audio a second, times as fast as the usual way, peak memory")
-
-    def add(what: str, seconds: float, ours, way: str = "", usual=None) -> None:
-        mine, other = race(ours, usual)
-        rows.append({"what": what, "audio_seconds_a_second": seconds / mine, "usual_way": way, "times_as_fast": other / mine,
-                     "peak_memory_gb": peak_memory(device)})
-        print(f"{what:52s} {seconds / mine:9.0f} {rows[-1]['peak_memory_gb']:6.1f} GB"
-              + (f" {other / mine:7.2f} x  {way}" if usual else ""), flush=True)
-
+def benchmark(args: Namespace) -> None:
+    """Throughput on this machine, in seconds of audio a second: encoding, and training on tokens
+    from disk beside log-mel computed on the fly (the paper's claim of cheap training)."""
+    device, report = pick_device(args.device), {}
+    minute = 0.05 * torch.randn(1, 60 * SAMPLE_RATE)
+    for encoder, quantizer in itertools.product(("mel", "time"), ("fsq", "rvq")):
+        codec, wav = Codec(encoder, quantizer).to(device).eval(), minute.to(device)
+        report[f"encoding, {encoder} {quantizer}"] = 60 / seconds(lambda: codec.encode(wav))
     with tempfile.TemporaryDirectory() as folder:
-        flacs, arrays = ([f"{folder}/{i}.{kind}" for i in range(8)] for kind in ("flac", "npy"))
-        for flac, array, row in zip(flacs, arrays, wav.cpu().numpy()):
-            sf.write(flac, row, SAMPLE_RATE)
-            np.save(array, np.random.randint(1000, size=(400, 8), dtype=np.int16))
-        add("read 8 FLAC files of 10 s", 80, lambda: [read_audio(name) for name in flacs],
-            "soundfile alone", lambda: [sf.read(name, dtype="float32") for name in flacs])
-        benchmark_codec(add, wav)
-        tokens = torch.randint(1000, (8, 400, 8), device=device)
-        lengths = torch.full((8,), 400, device=device)
-        model, (width, layers, heads, kernel) = CodecASR(32, size=size).to(device), asr_model.SIZES[size].values()
-        theirs = torchaudio.models.Conformer(width, heads, 4 * width, layers, kernel, dropout=0.1).to(device)
-        wide = torch.randn(8, 400, width, device=device)
-        step = asr_training(model, lambda: tokens, 400, device)
-        add(f"recogniser {size}, training step, 8 x 10 s", 80, step, "torchaudio.models.Conformer", asr_training(theirs, lambda: wide, 400, device))
-        with FlopCounterMode(display=False) as counter:
-            step()
-        print(f"  = {counter.get_total_flops() / 80 * rows[-1]['audio_seconds_a_second'] / 1e12:.2f} TFLOP/s")
-        with torch.inference_mode():
-            for count in (1, 8):
-                add(f"recogniser {size}, inference, {count} x 10 s", 10 * count, lambda: model.eval()(tokens[:count], lengths[:count]),
-                    "torchaudio.models.Conformer", lambda: theirs.eval()(wide[:count], lengths[:count]))
-        text = Text.train([{"text": "THE QUICK BROWN FOX JUMPS OVER A LAZY DOG"}], train_asr.TrainSettings(units="char"))
-        log_probs = torch.randn(8, 400, len(text), device=device)
-        add("greedy decoding, 8 x 10 s", 80, lambda: text.greedy(log_probs, lengths))
-        mel = LogMel(400, 160, 80)
-        on_the_fly = lambda: mel(torch.stack([read_audio(name) for name in flacs])).transpose(1, 2)
-        from_disk = lambda: torch.from_numpy(np.stack([np.load(name) for name in arrays]))
-        for factor, way in ((4, "log-mel from audio, 10 ms, 4x subsampling"), (1, "log-mel from audio, 10 ms")):
-            add(f"recogniser {size}, training, tokens from disk", 80, asr_training(model, from_disk, 400, device), way,
-                asr_training(CodecASR(32, 0, 0, 80, size=size, subsampling=factor).to(device), on_the_fly, 1000, device))
-    page = "| what | audio seconds a second | times as fast as | | peak memory, GB |\n|---|---|---|---|---|\n" + "".join(
-        f"| {row['what']} | {row['audio_seconds_a_second']:.0f} | " + (f"{row['times_as_fast']:.2f}" if row["usual_way"] else "") +
-        f" | {row['usual_way']} | {row['peak_memory_gb']:.1f} |\n" for row in rows)
-    page += "\nMillions of parameters: " + ", ".join(f"{name} {sum(p.numel() for p in net.parameters()) / 1e6:.1f}" for name, net in {
-        **{f"codec {encoder} {size}": Codec(CodecSettings(encoder=encoder, size=size)) for encoder in ("mel", "time") for size in CODEC_SIZES},
-        **{f"recogniser {size}": CodecASR(32, size=size) for size in asr_model.SIZES}}.items()) + ".\n"
-    save_report(settings.out, "benchmark", rows, page)
+        flac, array = Path(folder) / "minute.flac", Path(folder) / "minute.npy"
+        sf.write(flac, minute[0].numpy(), SAMPLE_RATE)
+        np.save(array, np.random.randint(1000, size=(2400, 8)))
+        mel = LogMel(512, 160, 80)
+        # A batch is six pieces of ten seconds.
+        inputs = {"tokens from disk": lambda: torch.from_numpy(np.load(array)).view(6, 400, 8),
+                  "log-mel, 10 ms, from audio": lambda: mel(read_audio(flac).view(6, -1)).mT}
+        for (name, read), codebooks in zip(inputs.items(), (8, 0)):
+            model = CodecASR(32, codebooks, 1000, 80, size="tiny").to(device)
+            optimiser = torch.optim.AdamW(model.parameters())
+
+            def step() -> None:
+                batch = read().to(device)
+                log_probs, _ = model(batch, torch.full((6,), batch.shape[1], device=device))
+                update(log_probs.square().mean(), optimiser, 1e-3)
+            report[f"training, {name}"] = 60 / seconds(step)
+    rows = [[what, f"{speed:.0f}"] for what, speed in report.items()]
+    save_report(args, "benchmark", {"speech a second": report}, table(["what", "s / s"], rows))
 
 
-def benchmark_codec(add, wav: Tensor) -> None:
-    """The rows of the codec; wav (8, S)."""
-    for encoder, quantizer in (("mel", "fsq"), ("mel", "rvq"), ("time", "fsq"), ("time", "rvq")):
-        codec, step = codec_training(wav[:, :2 * SAMPLE_RATE], encoder=encoder, quantizer=quantizer)
-        add(f"codec {encoder} {quantizer} small, training step, 8 x 2 s", 16, step)
-        codec.eval()
-        whole = torch.inference_mode()(lambda: codec.quantizer.encode(codec.encoder(wav)))
-        single = lambda: [codec.encode(row[None]) for row in wav]
-        add(f"codec {encoder} {quantizer} small, encoding, 1 x 10 s", 10, lambda: codec.encode(wav[:1]))
-        add(f"codec {encoder} {quantizer} small, encoding, 8 x 10 s", 80, lambda: codec.encode(wav), "one by one", single)
-        add(f"codec {encoder} {quantizer} small, encoding, 8 x 10 s", 80, lambda: codec.encode(wav), "all at once, not in windows", whole)
-    for quantizer in (ResidualVQ().to(wav.device), GroupFSQ().to(wav.device)):
-        latent, name = torch.randn(16, quantizer.dim, 400, device=wav.device), type(quantizer).__name__
-        add(f"{name}, training, 16 x 10 s", 160, lambda: quantizer.train()(latent))
-        usual = ("torch.cdist", lambda: usual_rvq(latent, quantizer.codebooks())) if name == "ResidualVQ" else ()
-        add(f"{name}, tokens only, 16 x 10 s", 160, torch.inference_mode()(lambda: quantizer.eval().encode(latent)), *usual)
+def seconds(function) -> float:
+    """Median time of five calls, after one that does not count."""
+    times = []
+    for _ in range(6):
+        began = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return float(np.median(times[1:]))
 
 
-# ---------------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------- pictures
 
-def figure(rows: int, width: float = 9.0, height: float = 1.9, **more):
+def figure(rows: int, height: float):
+    """-> matplotlib figure and axes; matplotlib is optional."""
     try:
         import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
     except ImportError:
-        raise InputError("--plots: pip install matplotlib, or leave --plots out") from None
-    return pyplot.subplots(rows, 1, figsize=(width, rows * height + 0.4), layout="constrained", squeeze=False, **more)
+        raise ValueError("--plots needs pip install matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot.subplots(rows, 1, figsize=(9, rows * height), layout="constrained")
 
 
-def plot_utterance(recogniser: Recogniser, data: TokenSet, number: int, out: Path) -> None:
-    """One utterance: waveform, log-mel, tokens, and what the recogniser is sure of, under one time axis; words as it heard them."""
-    row, hop = data.rows[number], recogniser.meta["hop"] / recogniser.meta["sample_rate"]
-    wav = read_audio(row["audio"])
-    array = data.take(torch.tensor([number]), recogniser.device)[0]
-    with torch.inference_mode():
-        posterior = recogniser.model(array, torch.tensor([array.shape[1]], device=recogniser.device))[0][0].exp().cpu().T
-    mel = LogMel(512, 160, 80)(wav[None, :len(wav) // 160 * 160])[0]
-    seconds = len(wav) / SAMPLE_RATE
-    fig, axes = figure(4, sharex=True)
-    (top, second, third, bottom), raster = axes[:, 0], array[0].cpu().float().T
-    top.plot(np.arange(len(wav)) / SAMPLE_RATE, wav, linewidth=0.4)
-    top.set_title(row["text"], fontsize=9, wrap=True)
-    second.imshow(mel, origin="lower", aspect="auto", extent=(0, seconds, 0, 80))
-    third.imshow(raster, origin="lower", aspect="auto", interpolation="nearest", cmap="nipy_spectral",
-                 extent=(0, array.shape[1] * hop, -0.5, len(raster) - 0.5))
-    best, step = posterior.argmax(0), seconds / posterior.shape[1]
-    for unit in best.unique().tolist():
-        bottom.plot((np.arange(posterior.shape[1]) + 0.5) * step, posterior[unit], linewidth=0.8, color="0.8" if unit == 0 else None)
-    words = []                                              # [second where it begins, its letters]
-    for t, unit in enumerate(best.tolist()):
-        if unit and (t == 0 or best[t - 1] != unit):
-            piece = recogniser.text.units.id_to_piece(unit).replace("\u2581", "_")
-            bottom.text((t + 0.5) * step, 1.03, piece, fontsize=7, ha="center")
-            if piece[0] == "_" or not words:
-                words.append([(t + 0.5) * step, ""])
-            words[-1][1] += piece.strip("_")
-    for start, word in words:
-        second.text(start, 82, word, fontsize=7)
-        for axis in (top, second, third):
-            axis.axvline(start, color="red", linewidth=0.6)
-    for axis, name in zip(axes[:, 0], ("wave", "mel band", "codebook" if recogniser.meta["codebooks"] else "feature", "probability")):
-        axis.set_ylabel(name)
-    bottom.set(xlabel="seconds", xlim=(0, seconds), ylim=(0, 1.15))
-    fig.savefig(out / "utterance.png", dpi=80)
+def plot_utterance(recogniser: Recogniser, wav: Tensor, array: Tensor, path: Path) -> None:
+    """Waveform, log-mel, tokens, and the probabilities of the text units, under one time axis."""
+    fig, axes = figure(4, 1.9)
+    end = len(wav) / SAMPLE_RATE
+    mel = LogMel(512, 160, 80)(wav[None])[0]
+    axes[0].plot(np.arange(len(wav)) / SAMPLE_RATE, wav, linewidth=0.4)
+    axes[1].imshow(mel, origin="lower", aspect="auto", extent=(0, end, 0, 80))
+    axes[2].imshow(array.T.float(), aspect="auto", interpolation="nearest",
+                   cmap="nipy_spectral", extent=(0, end, array.shape[1], 0))
+    probabilities = recogniser.log_probs(array)[0].exp()                    # (T', V)
+    best = probabilities.argmax(1)
+    at = (np.arange(len(best)) + 0.5) * end / len(best)
+    axes[3].plot(at, probabilities[:, 1:], linewidth=0.8)
+    for t in torch.flatten(best.diff(prepend=best[:1]).nonzero()).tolist():
+        if best[t]:
+            piece = recogniser.text.units.id_to_piece(int(best[t])).replace("\u2581", "_")
+            axes[3].text(at[t], 1.03, piece, fontsize=7, ha="center")
+    for axis, label in zip(axes, ("waveform", "mel band", "codebook", "probability")):
+        axis.set(ylabel=label, xlim=(0, end))
+    axes[3].set(xlabel="seconds", ylim=(0, 1.15))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=80)
 
 
-def plot_codec(codec: Codec, row: dict, data: TokenSet, out: Path) -> None:
-    """Log-mel before and after the codec, and how evenly each codebook is used."""
-    wav = read_audio(row["audio"])[None].to(next(codec.parameters()).device)
-    mel, made = LogMel(512, 160, 80).to(wav.device), codec.decode(codec.encode(wav)[0])
-    fig, axes = figure(3)
-    for axis, sound, name in zip(axes[:, 0], (wav, made), ("original", f"from tokens, {codec.bitrate / 1000:.1f} kbit/s")):
-        axis.imshow(mel(sound[:, :wav.shape[1] // 160 * 160])[0].cpu(), origin="lower", aspect="auto", vmin=-11, vmax=6,
-                    extent=(0, wav.shape[1] / SAMPLE_RATE, 0, 80))
-        axis.set(title=name, ylabel="mel band")
-    axes[1, 0].set(xlabel="seconds")
-    for level in range(data.flat.shape[1]):
-        counts = np.sort(np.bincount(data.flat[:, level].numpy(), minlength=codec.quantizer.codebook_size))[::-1]
-        axes[2, 0].plot(counts / counts.sum() * len(counts), linewidth=0.8, label=f"codebook {level}")
-    axes[2, 0].set(xlabel="codes, most used first", ylabel="use (1: even)", yscale="log", ylim=(1e-2, None))
-    axes[2, 0].legend(fontsize=6, ncol=4)
-    fig.savefig(out / "codec.png", dpi=80)
+def plot_comparison(report: dict, path: Path) -> None:
+    """Learning curves of several runs, and their CER over bits a second."""
+    fig, (left, right) = figure(2, 3.2)
+    for folder, run in report.items():
+        left.plot([100 * row["dev_cer"] for row in run["log"]], label=folder)
+        summary = next(iter(run["test"].values()))
+        if run["bitrate"]:
+            bounds = 100 * np.abs(np.array(summary["cer_interval"]) - summary["cer"])
+            right.errorbar(run["bitrate"] / 1000, 100 * summary["cer"], bounds[:, None],
+                           marker="o", capsize=3)
+    left.set(xlabel="epoch", ylabel="dev CER %", ylim=(0, 100))
+    right.set(xlabel="kbit/s", ylabel="test CER %")
+    left.legend()
+    fig.savefig(path, dpi=80)
 
 
-def plot_content(rows: list[dict], out: Path) -> None:
-    """What each codebook tells of phoneme and voice."""
-    fig, axes = figure(1, 6.5, 3.2)
-    for shift, name in ((-0.2, "phoneme"), (0.2, "voice")):
-        axes[0, 0].bar([row["codebook"] + shift for row in rows], [100 * row[f"{name}_share"] for row in rows], 0.4, label=name)
-    axes[0, 0].set(xlabel="codebook", ylabel="% of what there is to know")
-    axes[0, 0].legend()
-    fig.savefig(out / "content.png", dpi=80)
+def plot_noise(report: dict, path: Path) -> None:
+    """CER over signal-to-noise ratio, a line for each subset and kind of noise."""
+    curves = {}
+    for name, summary in report.items():
+        if "noise" in summary:
+            curve = curves.setdefault(f"{name.split(',')[0]}, {summary['noise']}", [])
+            curve.append((summary["snr"], 100 * summary["cer"]))
+    fig, axis = figure(1, 3.2)
+    for label, points in curves.items():
+        axis.plot(*zip(*sorted(points)), marker="o", label=label)
+    axis.set(xlabel="signal-to-noise ratio, dB", ylabel="CER %", ylim=(0, 105))
+    axis.legend()
+    fig.savefig(path, dpi=80)
 
 
-def plot_curves(folders: list[str], out: Path) -> None:
-    """Dev CER against passes over the data, of several runs."""
-    fig, axes = figure(1, 6.5, 3.2)
-    for folder in folders:
-        rows = read_log(folder)
-        axes[0, 0].plot([row["epoch"] for row in rows], [100 * row["dev_cer"] for row in rows], marker=".", label=folder)
-    axes[0, 0].set(xlabel="epoch", ylabel="dev CER %", ylim=(0, None))
-    axes[0, 0].locator_params(axis="x", integer=True)
-    axes[0, 0].legend()
-    fig.savefig(out / "learning.png", dpi=80)
+def plot_bars(values: dict[str, dict[str, float]], path: Path) -> None:
+    """Bars side by side, {label: {name: share}}: a name is a language, or a codebook."""
+    fig, axis = figure(1, 3.2)
+    for number, (label, shares) in enumerate(values.items()):
+        at = np.arange(len(shares)) + 0.4 * number
+        axis.bar(at, [100 * share for share in shares.values()], 0.4, label=label)
+    axis.set_xticks(np.arange(len(shares)), shares.keys(), fontsize=7)
+    axis.set(ylabel="%")
+    axis.legend()
+    fig.savefig(path, dpi=80)
 
 
-def plot_bitrate(report: list[dict], out: Path) -> None:
-    """CER against the bitrate of what a run reads."""
-    fig, axes = figure(1, 6.5, 3.2)
-    for subset in report[0]["test"]:
-        points = sorted((row["bitrate"] / 1000, 100 * row["test"][subset]["cer"], *np.array(row["test"][subset]["cer_interval"]) * 100)
-                        for row in report if row["bitrate"])
-        if points:
-            kbps, cer, low, high = np.array(points).T
-            axes[0, 0].errorbar(kbps, cer, (cer - low, high - cer), marker="o", markersize=4, capsize=3, label=subset)
-    axes[0, 0].set(xlabel="kbit/s", ylabel="CER %", ylim=(0, None))
-    axes[0, 0].legend()
-    fig.savefig(out / "bitrate.png", dpi=80)
+# -------------------------------------------------------------------------------------------- main
 
-
-def plot_noise(report: dict, out: Path) -> None:
-    """CER against signal-to-noise ratio."""
-    fig, axes = figure(1, 6.5, 3.2)
-    subsets = [key for key in report if ", " not in key]
-    for subset, dashes in zip(subsets, ("-", "--", ":", "-.") * len(subsets)):
-        of = f"{subset}, " if len(subsets) > 1 else ""
-        for number, kind in enumerate(dict.fromkeys(key.split(", ")[1].rsplit(" ", 2)[0] for key in report if ", " in key)):
-            points = sorted((float(key.rsplit(" ", 2)[1]), 100 * value["cer"]) for key, value in report.items()
-                            if key.startswith(f"{subset}, {kind} "))
-            axes[0, 0].plot(*zip(*points), dashes, color=f"C{number}", marker="o", label=of + Path(kind).name)
-        axes[0, 0].axhline(100 * report[subset]["cer"], linestyle=dashes, color="0.5", label=f"{of}clean")
-    axes[0, 0].set(xlabel="signal-to-noise ratio, dB", ylabel="CER %", ylim=(0, 105))
-    axes[0, 0].legend()
-    fig.savefig(out / "noise.png", dpi=80)
+def parse(arguments: list[str] | None = None) -> Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=HelpPage)
+    add = parser.add_argument
+    add("--asr", default="runs/asr/asr.pt", help="trained recogniser")
+    add("--tokens", help="folder of tokens; the one it was trained on unless given")
+    add("--codec", help="codec for --audio and --noise; the one of its tokens unless given")
+    add("--test", nargs="+", default=[], help="subsets to judge on; those of the tokens otherwise")
+    add("--noise", nargs="+", default=[],
+        help="also judge in noise: white, pink, babble, or folders of audio")
+    add("--snr", nargs="+", type=float, help="of the noise, in dB; 20 10 0 unless given")
+    add("--audio", nargs="+", default=[], help="transcribe these files, then stop")
+    add("--lm", help="word language model in ARPA form, .gz or not: beam search; greedy without")
+    add("--beam", type=int, default=50, help="hypotheses kept, with --lm")
+    add("--lm-weight", type=float, default=1.0, help="of the language model, with --lm")
+    add("--word-score", type=float, default=0.0, help="added for every word, with --lm")
+    add("--compare", nargs="+", default=[], metavar="RUN_DIR",
+        help="folders with an asr.pt each: one table of all, against the first")
+    add("--content", action="store_true", help="what each codebook tells of character and speaker")
+    add("--benchmark", action="store_true", help="measure speed instead of accuracy")
+    add("--plots", action="store_true", help="also draw pictures (needs matplotlib)")
+    add("--seed", type=int, default=0, help="of noise and bootstrap")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
+    add("--out", default="runs/eval", help="folder to write")
+    args = parser.parse_args(arguments)
+    if args.snr and not args.noise:
+        parser.error("--snr is for --noise")
+    if args.lm and not Path(args.lm).is_file():
+        parser.error(f"--lm {args.lm}: no such file")
+    if sum(map(bool, (args.audio, args.compare, args.content, args.benchmark, args.noise))) > 1:
+        parser.error("--audio, --compare, --content, --benchmark and --noise are separate questions")
+    return args
 
 
 def main(arguments: list[str] | None = None) -> None:
-    settings = parse(EvalSettings, __doc__, arguments)
-    if settings.plots:
-        figure(1)                                       # no matplotlib: better told now than after the work
-    if settings.audio:
-        transcribe(settings)
-    elif settings.compare:
-        compare(settings)
-    elif settings.content:
-        content(settings)
-    elif settings.benchmark:
-        benchmark(settings)
-    else:
-        evaluate(settings)
+    args = parse(arguments)
+    try:
+        if args.plots:
+            figure(1, 1)        # a missing matplotlib should be known before the work
+        if args.audio:
+            transcribe(args)
+        elif args.compare:
+            compare(args)
+        elif args.content:
+            content(args)
+        elif args.benchmark:
+            benchmark(args)
+        else:
+            evaluate(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    run(main, train_asr.InputError)
+    main()

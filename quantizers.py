@@ -1,18 +1,18 @@
 """The two quantizers: residual vector quantization (RVQ) and grouped finite scalar quantization (FSQ).
 
-in   latent (B, D, T)     what an encoder says about each frame
-out  tokens (B, Q, T)     Q whole numbers a frame, and the latent that they stand for
+in   latent (B, D, T)     the encoder's description of each frame
+out  tokens (B, Q, T)     Q integers a frame, and the quantised latent that they stand for
 
-Legend: B utterances, D latent size, T frames, Q codebooks, K codes in each, N = B * T frames in one list.
+Legend: B utterances, D latent size, T token frames, Q codebooks, K codes in each, N = B * T frames.
 
-Both keep one promise, on which the recogniser's embedding rests: `codebooks()` is a tensor (Q, K, D), and the
-quantised latent of a frame is the SUM over q of row `tokens[q]` of codebook q.
+Both keep one promise, on which the recogniser's embedding rests: `codebooks()` returns a tensor
+(Q, K, D), and the quantised latent of a frame is the SUM over q of row `tokens[q]` of codebook q.
 
-RVQ  SoundStream, arXiv 2107.03312, section III-C.    FSQ  Mentzer et al., arXiv 2309.15505.
-Both for speech recognition: Dhawan et al., arXiv 2407.03495, section 2.
+RVQ: SoundStream, arXiv 2107.03312, section III-C.  FSQ: Mentzer et al., arXiv 2309.15505.
+Both as inputs of a speech recogniser: Dhawan et al., arXiv 2407.03495, section 2.
 """
 
-from math import gcd, prod
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -22,233 +22,253 @@ from torch import Tensor, nn
 
 
 class Quantized(NamedTuple):
-    latent: Tensor      # (B, D, T) quantised; its gradient goes to the encoder as if nothing had been rounded
+    latent: Tensor      # (B, D, T) quantised; gradients pass as if nothing had been rounded
     tokens: Tensor      # (B, Q, T) int64
-    loss: Tensor        # () commitment loss, mean over levels; 0 for FSQ
-    usage: Tensor       # (Q,) share of the K codes that this batch used
-    perplexity: Tensor  # (Q,) exp(entropy) of this batch's codes: K when all are used alike, 1 when one is
+    loss: Tensor        # () to be added to the codec's loss: commitment for RVQ, redundancy for FSQ
 
 
-def frame_mask(latent: Tensor, latent_len: Tensor | None) -> Tensor:
-    """1 for real frames, 0 for padding: (B, T) float."""
-    steps = torch.arange(latent.shape[2], device=latent.device).expand(latent.shape[0], -1)
-    return torch.ones_like(steps).float() if latent_len is None else (steps < latent_len[:, None]).float()
+def usage_and_perplexity(tokens: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
+    """How evenly the codes are used. tokens (B, Q, T) -> usage (Q,), perplexity (Q,).
 
-
-def usage_and_perplexity(tokens: Tensor, mask: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
-    """How evenly codes are used. tokens (B, Q, T), mask (B, T) -> usage (Q,), perplexity (Q,)."""
-    tokens = tokens.transpose(0, 1).flatten(1)                  # (Q, N)
+    Usage is the share of the K codes that occur. Perplexity is exp(entropy): K when all codes
+    occur equally often, 1 when only one does.
+    """
+    tokens = tokens.transpose(0, 1).flatten(1)                              # (Q, N)
     counts = torch.zeros(len(tokens), codebook_size, device=tokens.device)
-    counts.scatter_add_(1, tokens, mask.flatten().expand_as(tokens).contiguous())
-    share = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    entropy = -(share * share.clamp(min=1e-10).log()).sum(1)
+    counts.scatter_add_(1, tokens, torch.ones_like(tokens, dtype=torch.float))
+    share = counts / counts.sum(1, keepdim=True)
+    entropy = torch.special.entr(share).sum(1)
     return (counts > 0).float().mean(1), entropy.exp()
 
 
-class ResidualVQ(nn.Module):
-    """Each codebook quantises what the one before left over.
+# ------------------------------------------------------------------------------------------- RVQ
 
-    The codebooks learn by exponential moving averages (EMA), not by gradients; the encoder learns from the decoder
-    through a straight-through estimator and from the commitment loss.
+class ResidualVQ(nn.Module):
+    """Each codebook quantises what the previous ones left over.
+
+    The codebooks learn by exponential moving averages (EMA), not by gradients. The encoder learns
+    from the decoder through a straight-through estimator, and from the commitment loss.
     """
 
-    def __init__(self, dim: int = 128, num_codebooks: int = 8, codebook_size: int = 1024,
-                 decay: float = 0.97, dead_below: float = 0.2, dropout: float = 0.5):
-        """decay: of the EMA, a step. dead_below: a code is dead when used less than this fraction of uniform use. A code
-        that the moving encoder left behind is found out within 53 steps; with the usual 0.99, and 0.03, it takes 350.
-        dropout: share of training utterances quantised with only the first n codebooks, n random, so that the
-        first n alone are a valid codec of a lower bitrate (SoundStream, section III-C)."""
+    decay = 0.97        # of the EMA, per step
+    # A code is dead when its use is below this share of uniform use. With decay 0.97, a code that
+    # is never used falls below it after 53 steps; with the usual 0.99 and 0.03 after 350.
+    dead_below = 0.2
+    # Share of the training utterances quantised with only the first n codebooks, n random, so that
+    # the first n alone are a valid codec of a lower bitrate (SoundStream, section III-C).
+    dropout = 0.5
+
+    def __init__(self, dim: int = 128, num_codebooks: int = 8, codebook_size: int = 1024):
         super().__init__()
         self.dim, self.num_codebooks, self.codebook_size = dim, num_codebooks, codebook_size
-        self.decay, self.dead_below, self.dropout = decay, dead_below, dropout
         self.register_buffer("embed", torch.zeros(num_codebooks, codebook_size, dim))
         self.register_buffer("ema_sum", torch.zeros(num_codebooks, codebook_size, dim))
         self.register_buffer("ema_count", torch.zeros(num_codebooks, codebook_size))
-        self.ready = False                                      # have the codebooks been initialised from data?
-
-    def get_extra_state(self) -> Tensor:                        # `ready` is saved with the codebooks; it is no buffer,
-        return torch.tensor(self.ready)                         # because asking a GPU for it would cost a wait a step
-
-    def set_extra_state(self, state: Tensor) -> None:
-        self.ready = bool(state)
 
     def codebooks(self) -> Tensor:
-        return self.embed                                       # (Q, K, D)
+        """(Q, K, D)."""
+        return self.embed
 
     @torch.autocast("cuda", enabled=False)
-    def forward(self, latent: Tensor, latent_len: Tensor | None = None) -> Quantized:
+    def forward(self, latent: Tensor) -> Quantized:
+        """latent (B, D, T) -> Quantized. In training, the codebooks learn from it."""
         batch, _, time = latent.shape
-        mask = frame_mask(latent, latent_len)                   # (B, T)
-        frames = latent.float().transpose(1, 2)                 # (B, T, D)
-        if self.training and not self.ready:
-            self.initialise(frames.detach()[mask > 0])
-        depth = self.random_depth(batch, latent.device)         # (B,) codebooks that each utterance uses
+        frames = latent.float().transpose(1, 2).reshape(-1, self.dim)       # (N, D)
+        if self.training and not self.ema_count.any():
+            self.initialise(frames.detach())
+        depth = self.random_depth(batch, latent.device).repeat_interleave(time)     # (N,)
 
-        # Residuals are detached: each level's commitment loss then reaches the encoder once, at full strength; otherwise
-        # only the first level's does (encodec issue 25).
-        residual = frames.detach().reshape(-1, self.dim)        # (N, D)
-        flat, quantised, loss, tokens = frames.reshape(-1, self.dim), torch.zeros_like(residual), 0.0, []
+        # The residuals are detached: every level's commitment loss then reaches the encoder once,
+        # at full strength. Chained residuals cancel all but the first level's (encodec issue 25).
+        residual = frames.detach()
+        quantised = torch.zeros_like(residual)
+        tokens, loss = [], 0.0
         for level in range(self.num_codebooks):
-            index = nearest(residual, self.embed[level])        # (N,)
-            code = F.embedding(index, self.embed[level])        # (N, D)
-            active = (mask * (level < depth)[:, None]).flatten()            # (N,) frames that this level counts
-            error = (flat - quantised - code).square().mean(1)  # gradient: flat only
+            index = nearest(residual, self.embed[level])                    # (N,)
+            code = F.embedding(index, self.embed[level])                     # (N, D)
+            active = (level < depth).float()        # (N,) does this utterance use this level?
+            error = (frames - quantised - code).square().mean(1)            # (N,)
             loss = loss + (error * active).sum() / active.sum().clamp(min=1)
             if self.training:
                 self.update(level, residual, index, active)
             quantised = quantised + code * active[:, None]
             residual = residual - code
             tokens.append(index.view(batch, time))
-        # One straight-through on the sum: one a level would multiply the decoder's gradient by Q.
-        out = flat + (quantised - flat).detach()
-        tokens = torch.stack(tokens, 1)
-        out = out.view(batch, time, -1).transpose(1, 2)
-        return Quantized(out, tokens, loss / self.num_codebooks,
-                         *usage_and_perplexity(tokens, mask, self.codebook_size))
+
+        # One straight-through on the sum: one per level would multiply the gradient by Q.
+        straight = frames + (quantised - frames).detach()
+        straight = straight.view(batch, time, self.dim).transpose(1, 2)
+        return Quantized(straight, torch.stack(tokens, 1), loss / self.num_codebooks)
 
     def encode(self, latent: Tensor) -> Tensor:
         """latent (B, D, T) -> tokens (B, Q, T)."""
+        batch, _, time = latent.shape
         residual = latent.float().transpose(1, 2).reshape(-1, self.dim)
         tokens = []
         for codebook in self.embed:
-            tokens.append(nearest(residual, codebook))
-            residual = residual - F.embedding(tokens[-1], codebook)
-        return torch.stack(tokens).view(self.num_codebooks, latent.shape[0], latent.shape[2]).transpose(0, 1)
+            index = nearest(residual, codebook)
+            residual = residual - F.embedding(index, codebook)
+            tokens.append(index.view(batch, time))
+        return torch.stack(tokens, 1)
 
     def decode(self, tokens: Tensor) -> Tensor:
         """tokens (B, n, T), n <= Q: the first n levels -> latent (B, D, T)."""
-        return sum(F.embedding(level, book) for level, book in zip(tokens.unbind(1), self.embed)).transpose(1, 2)
+        levels = [book[index] for book, index in zip(self.embed, tokens.unbind(1))]
+        return sum(levels).transpose(1, 2)
 
     def random_depth(self, batch: int, device: torch.device) -> Tensor:
+        """How many codebooks each utterance uses: (B,)."""
         full = torch.full((batch,), self.num_codebooks, device=device)
-        if not self.training or not self.dropout:
+        if not self.training:
             return full
-        some = torch.randint(1, self.num_codebooks + 1, (batch,), device=device)
-        return torch.where(torch.rand(batch, device=device) < self.dropout, some, full)
+        fewer = torch.randint(1, self.num_codebooks + 1, (batch,), device=device)
+        return torch.where(torch.rand(batch, device=device) < self.dropout, fewer, full)
 
     @torch.no_grad()
     def initialise(self, frames: Tensor, rounds: int = 10) -> None:
-        """k-means, one level at a time, on what the levels before left over. frames (N, D)."""
-        residual = frames[:16 * self.codebook_size]
+        """k-means on frames (N, D), one level at a time, each on what the previous levels left.
+
+        Takes eight frames a code or more: from fewer, the deeper levels would start as copies of
+        single residuals, or as zeros.
+        """
+        residual = frames
         for level in range(self.num_codebooks):
-            # A little noise tells copies apart where there are fewer frames than codes.
-            pick = torch.randint(len(residual), (self.codebook_size,), device=residual.device)
-            centres = residual[pick] + 0.01 * residual.std() * torch.randn_like(residual[pick])
+            picked = torch.randint(len(residual), (self.codebook_size,), device=residual.device)
+            # A little noise separates centres that began on the same frame.
+            centres = residual[picked] + 0.01 * residual.std() * torch.randn_like(residual[picked])
             for _ in range(rounds):
-                index = nearest(residual, centres)
-                count = torch.zeros_like(self.ema_count[level]).index_add_(0, index, torch.ones_like(residual[:, 0]))
-                total = torch.zeros_like(centres).index_add_(0, index, residual)
-                centres = torch.where(count[:, None] > 0, total / count[:, None].clamp(min=1), centres)
-            from_rank_0(centres)
-            self.embed[level] = centres
-            self.ema_count[level] = 1.0
-            self.ema_sum[level] = centres
+                count, total = self.sums(residual, nearest(residual, centres))
+                mean = total / count.clamp(min=1)[:, None]
+                centres = torch.where(count[:, None] > 0, mean, centres)
+            from_first_process(centres)
             residual = residual - centres[nearest(residual, centres)]
-        self.ready = True
+            self.embed[level] = self.ema_sum[level] = centres
+            self.ema_count[level] = 1.0
+
+    def sums(self, frames: Tensor, index: Tensor, weight=None) -> tuple[Tensor, Tensor]:
+        """Frames a code and their sum: frames (N, D), index (N,), weight (N,) -> (K,), (K, D)."""
+        weight = torch.ones_like(frames[:, 0]) if weight is None else weight
+        count = frames.new_zeros(self.codebook_size).index_add_(0, index, weight)
+        total = frames.new_zeros(self.codebook_size, self.dim)
+        return count, total.index_add_(0, index, frames * weight[:, None])
 
     @torch.no_grad()
     def update(self, level: int, residual: Tensor, index: Tensor, active: Tensor) -> None:
-        """One EMA step of one codebook; then its dead codes move to where the data is.
+        """One EMA step of one codebook, then move its dead codes to where the data is.
 
-        residual (N, D), index (N,), active (N,) with 1 for frames that count and 0 for the others."""
-        count = torch.zeros_like(self.ema_count[level]).index_add_(0, index, active)
-        total = torch.zeros_like(self.ema_sum[level]).index_add_(0, index, residual * active[:, None])
+        residual (N, D); index (N,); active (N,), 1 for frames that count and 0 for the others.
+        """
+        count, total = self.sums(residual, index, active)
         if dist.is_initialized():
             dist.all_reduce(count)
             dist.all_reduce(total)
         self.ema_count[level].lerp_(count, 1 - self.decay)
         self.ema_sum[level].lerp_(total, 1 - self.decay)
-        uniform = self.ema_count[level].mean()                  # what each code would have if all were used alike
-        dead = self.ema_count[level] < self.dead_below * uniform
-        moved = residual[torch.multinomial(active + 1e-9, self.codebook_size, replacement=True)]    # (K, D)
-        from_rank_0(moved)
-        # Count and sum move with the code: were they left, this very step would pull it back (espnet issue 6284).
+        uniform = self.ema_count[level].mean()
+        dead = self.ema_count[level] < self.dead_below * uniform            # (K,)
+        drawn = torch.multinomial(active + 1e-9, self.codebook_size, replacement=True)
+        moved = residual[drawn]                                             # (K, D)
+        from_first_process(moved)
+        # Count and sum move with the code: otherwise this very step would pull it back to where
+        # it was (espnet issue 6284).
         self.ema_count[level] = torch.where(dead, uniform, self.ema_count[level])
         self.ema_sum[level] = torch.where(dead[:, None], moved * uniform, self.ema_sum[level])
         self.embed[level] = self.ema_sum[level] / self.ema_count[level].clamp(min=1e-9)[:, None]
 
 
 def nearest(frames: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the closest code. frames (N, D), codebook (K, D) -> (N,).
+    """Index of the closest code: frames (N, D), codebook (K, D) -> (N,).
 
-    |f - c|^2 = |f|^2 - 2 f.c + |c|^2, and the first term is the same for all codes: one matrix product is enough,
-    where a broadcast N x K x D difference costs a hundred times more."""
-    half_norm, found = codebook.square().sum(1) / 2, []
-    for part in frames.split(2048):                             # parts that stay in the processor's cache
-        distance = torch.addmm(half_norm, part, codebook.T, alpha=-1)
-        # The best block of codes, then the best code in it: argmin over all, slow on a CPU, took a third of the time.
-        blocks = distance.unflatten(1, (gcd(len(codebook), 32), -1))
-        best = blocks.amin(2).argmin(1)
-        inside = blocks[torch.arange(len(part), device=part.device), best].argmin(1)
-        found.append(best * blocks.shape[2] + inside)
-    return torch.cat(found)
+    |f - c|^2 = |f|^2 - 2 f.c + |c|^2, and |f|^2 is the same for all codes: one matrix product is
+    enough, a hundred times cheaper than an N x K x D tensor of differences.
+    """
+    half_norm = codebook.square().sum(1) / 2
+    distance = torch.addmm(half_norm, frames, codebook.T, alpha=-1)         # (N, K)
+    return distance.min(1).indices
 
 
-def from_rank_0(tensor: Tensor) -> None:
+def from_first_process(tensor: Tensor) -> None:
     """With several processes, all continue with what process 0 drew."""
     if dist.is_initialized():
         dist.broadcast(tensor, 0)
 
 
-class GroupFSQ(nn.Module):
-    """The latent is cut into groups of a few numbers, and each number is rounded to one of a few levels.
+# ------------------------------------------------------------------------------------------- FSQ
 
-    Nothing is learnt, so no code can die. The codebook of a group is implicit: its K = prod(levels) points.
-    Always in float32: in bfloat16 half of the indices come out wrong.
+class GroupFSQ(nn.Module):
+    """The latent is cut into groups of a few numbers, each rounded to one of a few levels.
+
+    Nothing is learnt, so no code can die. The codebook of a group is implicit: its K = prod(levels)
+    points. Always computed in float32: in bfloat16 half of the indices come out wrong.
     """
 
     def __init__(self, num_groups: int = 8, levels: tuple[int, ...] = (8, 5, 5, 5)):
         super().__init__()
-        self.num_codebooks, self.levels = num_groups, tuple(levels)
-        self.dim, self.codebook_size = num_groups * len(levels), prod(levels)
+        self.num_codebooks, self.codebook_size = num_groups, prod(levels)
+        self.dim = num_groups * len(levels)
         width = torch.tensor(levels)
+        # Index of a code in mixed radix: digit d counts levels[0] * ... * levels[d - 1].
+        basis = torch.cat([torch.ones(1, dtype=torch.long), width.cumprod(0)[:-1]])
         self.register_buffer("width", width, persistent=False)
-        # Index of a code in mixed radix: digit d counts basis[d] = levels[0] * ... * levels[d - 1].
-        self.register_buffer("basis", torch.cat([torch.ones(1, dtype=torch.long), width.cumprod(0)[:-1]]),
-                             persistent=False)
-
-    def split(self, latent: Tensor) -> Tensor:
-        """(B, D, T) -> (B, Q, T, d), d = D / Q numbers a group."""
-        return latent.float().unflatten(1, (self.num_codebooks, -1)).transpose(2, 3)
-
-    def merge(self, groups: Tensor) -> Tensor:
-        """(B, Q, T, d) -> (B, D, T)."""
-        return groups.transpose(2, 3).flatten(1, 2)
-
-    def digits(self, groups: Tensor) -> Tensor:
-        """Squash to (-half, half) and move even counts of levels by a half, so that rounding gives `levels` values.
-
-        (..., d) floats -> (..., d) floats between 0 and levels - 1, not yet rounded (Mentzer et al., section 3.1)."""
-        half = (self.width - 1) * (1 + 1e-3) / 2
-        offset = torch.where(self.width % 2 == 0, 0.5, 0.0)
-        shift = torch.atanh(offset / half)                      # latent 0 becomes value 0
-        return torch.tanh(groups + shift) * half - offset + self.width // 2
-
-    def values(self, digits: Tensor) -> Tensor:
-        """Digits 0 .. levels - 1 -> the numbers that stand for them, in [-1, 1]."""
-        return digits / (self.width // 2) - 1
+        self.register_buffer("basis", basis, persistent=False)
 
     @torch.autocast("cuda", enabled=False)
-    def forward(self, latent: Tensor, latent_len: Tensor | None = None) -> Quantized:
-        soft = self.digits(self.split(latent))                  # (B, Q, T, d)
-        hard = soft + (soft.round() - soft).detach()            # straight-through: the gradient of tanh remains
-        tokens = (soft.detach().round().long() * self.basis).sum(-1)
-        usage = usage_and_perplexity(tokens, frame_mask(latent, latent_len), self.codebook_size)
-        return Quantized(self.merge(self.values(hard)), tokens, latent.new_zeros(()), *usage)
+    def forward(self, latent: Tensor) -> Quantized:
+        """latent (B, D, T) -> Quantized."""
+        soft = self.digits(latent)                                          # (B, T, Q, d)
+        hard = soft + (soft.round() - soft).detach()        # straight-through: tanh's gradient stays
+        tokens = self.index(soft.detach())
+        return Quantized(self.values(hard), tokens, 3.0 * redundancy(latent.float()))
 
     def encode(self, latent: Tensor) -> Tensor:
         """latent (B, D, T) -> tokens (B, Q, T)."""
-        return (self.digits(self.split(latent)).round().long() * self.basis).sum(-1)
+        return self.index(self.digits(latent))
 
     def decode(self, tokens: Tensor) -> Tensor:
         """tokens (B, n, T), n <= Q: the first n groups, the others at 0 -> latent (B, D, T)."""
-        latent = self.merge(self.values(tokens[..., None] // self.basis % self.width))
+        latent = self.values(self.unpack(tokens.transpose(1, 2)))
         return F.pad(latent, (0, 0, 0, self.dim - latent.shape[1]))
 
     def codebooks(self) -> Tensor:
-        """(Q, K, D): a group's points in its own slice of D, zeros elsewhere."""
-        points = self.values(torch.arange(self.codebook_size, device=self.basis.device)[:, None] // self.basis % self.width)
-        books = points.new_zeros(self.num_codebooks, self.codebook_size, self.num_codebooks, len(self.levels))
-        for group in range(self.num_codebooks):
-            books[group, :, group] = points
-        return books.flatten(2)
+        """(Q, K, D): each group's points in its own slice of D, zeros elsewhere."""
+        codes = torch.arange(self.codebook_size, device=self.basis.device)
+        points = self.values(self.unpack(codes[None, :, None]))[0].T        # (K, d)
+        return torch.stack([F.pad(points, (left, self.dim - left - points.shape[1]))
+                            for left in range(0, self.dim, points.shape[1])])
+
+    def digits(self, latent: Tensor) -> Tensor:
+        """(B, D, T) -> (B, T, Q, d): d numbers a group, each in 0 .. levels - 1, not yet rounded.
+
+        tanh squashes to (-half, half); an even number of levels is shifted by a half, so that
+        rounding gives exactly that many values (Mentzer et al., section 3.1).
+        """
+        groups = latent.float().transpose(1, 2).unflatten(2, (self.num_codebooks, -1))
+        half = (self.width - 1) * (1 + 1e-3) / 2
+        offset = torch.where(self.width % 2 == 0, 0.5, 0.0)
+        shift = torch.atanh(offset / half)                  # a latent of 0 becomes the value 0
+        return torch.tanh(groups + shift) * half - offset + self.width // 2
+
+    def index(self, digits: Tensor) -> Tensor:
+        """Digits (B, T, Q, d) -> tokens (B, Q, T)."""
+        return (digits.round().long() * self.basis).sum(-1).transpose(1, 2)
+
+    def unpack(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, T, Q) -> digits (B, T, Q, d)."""
+        return tokens[..., None] // self.basis % self.width
+
+    def values(self, digits: Tensor) -> Tensor:
+        """Digits (B, T, Q, d) -> the numbers in [-1, 1] that they stand for, (B, D, T)."""
+        return (digits / (self.width // 2) - 1).flatten(2).transpose(1, 2)
+
+
+def redundancy(latent: Tensor) -> Tensor:
+    """Mean squared correlation between different dimensions of the latent: (B, D, T) -> ().
+
+    Left alone, FSQ's groups come to say the same thing: 8 of 32 dimensions carried most of the
+    variance. No published recipe that we know of has this term.
+    """
+    frames = latent.transpose(1, 2).flatten(0, 1)                           # (N, D)
+    frames = frames - frames.mean(0)
+    frames = frames / (frames.square().sum(0).sqrt() + 1e-6)
+    correlation = frames.T @ frames                                         # (D, D)
+    return correlation.fill_diagonal_(0).square().mean()

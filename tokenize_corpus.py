@@ -1,315 +1,263 @@
-"""Stage 2: encode a corpus with a trained codec, once, into small files of tokens.
+"""Stage 2: encode a corpus once with a trained codec, into small files of tokens.
 
 in   a corpus with transcripts, and runs/codec/codec.pt
 out  runs/tokens/meta.json              which codec, frame rate, Q, K, D, subsets
      runs/tokens/codebooks.npy          (Q, K, D) float32: what the recogniser's embedding starts from
-     runs/tokens/<subset>.jsonl         a row an utterance: id, text, lang, duration, frames, audio, array
+     runs/tokens/<subset>.jsonl         a row an utterance: id, text, lang, speaker, duration, ...
      runs/tokens/<subset>/<id>.npy      tokens (T, Q) int16
      runs/tokens/<subset>.skipped.txt   what could not be used, and why
 
-    python tokenize_corpus.py                                   # after codec.py
-    python tokenize_corpus.py --features mel --out runs/mel     # the log-mel baseline, in the same layout
+    python tokenize_corpus.py                                     # after codec.py
+    python tokenize_corpus.py --features mel --out runs/mel       # the log-mel baseline
 
-Legend: B utterances, S samples, T token frames, Q codebooks, K codes, D feature size.
+Legend: S samples, T token frames, Q codebooks, K codes, D feature size.
 Dhawan et al., arXiv 2407.03495, section 3: the recogniser never sees audio, only these files.
 """
 
-import hashlib
 import io
 import json
+import math
 import os
 import re
-from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import sys
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import soundfile as sf
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchaudio
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from codec import (AUDIO_ENDINGS, SAMPLE_RATE, Codec, InputError, LogMel, corpus_subsets, everyone, find_audio, option, parse,
-                   read_audio, read_manifest, run, start_processes, write_atomically)
-
-
-@dataclass
-class TokenSettings:
-    corpus: str = option("synthetic", "synthetic, mini-librispeech, librispeech, or a folder with transcripts")
-    train: tuple = option((), "subsets to train on", type=str)
-    dev: tuple = option((), "subsets to choose the best epoch on", type=str)
-    test: tuple = option((), "subsets to judge on", type=str)
-    codec: str = option("runs/codec/codec.pt", "trained codec, or `encodec`")
-    features: str = option("tokens", "tokens, or what they are compared with: the codec's latent, log-mel",
-                           choices=("tokens", "latent", "mel"))
-    kbps: float = option(6.0, "bitrate of --codec encodec: 1.5, 3 or 6 kbit/s")
-    hop: int = option(400, "samples a frame of --features mel: 400 = 40 Hz as the tokens, 160 = the usual 10 ms")
-    speeds: tuple = option((), "also copies of the train subsets at these speeds, such as 0.9 1.1", type=float)
-    noise: tuple = option((), "kinds for noisy copies: white, pink, babble, or folders of audio", type=str)
-    snr: tuple = option((0.0, 20.0), "LOW HIGH: range of the noisy copies' signal-to-noise ratio in dB", type=float)
-    copies: int = option(1, "noisy copies of each train utterance, where --noise is given")
-    workers: int = option(1, "processes that read audio while the codec works")
-    seed: int = option(0, "random seed of the noise")
-    device: str = option("auto", "auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"))
-    out: str = option("runs/tokens", "folder to write")
-
-    def __post_init__(self):
-        if len(self.snr) != 2 or self.snr[0] > self.snr[1]:
-            raise InputError(f"--snr {' '.join(map(str, self.snr))}: give two numbers, LOW HIGH")
-        if self.hop < 1 or self.workers < 0 or self.copies < 0 or self.seed < 0 or not all(0.1 <= speed <= 10 for speed in self.speeds):
-            raise InputError("--hop must be at least 1, --workers, --copies and --seed at least 0, --speeds between 0.1 and 10")
+from codec import (AUDIO, SAMPLE_RATE, Codec, HelpPage, LogMel, find_audio, find_subsets,
+                   mel_window, read_audio, read_manifest, start_processes, write_atomically)
 
 
 class Utterance(NamedTuple):
     id: str
     text: str
     lang: str
+    speaker: str
     audio: Path
-    duration: float         # seconds of the result: after a change of speed
-    copy_of: str = ""       # id of the original, for copies
+    duration: float = 0.0       # seconds, after a change of speed
+    copy_of: str = ""           # id of the original
     speed: float = 1.0
     noisy: bool = False
 
 
-# ---------------------------------------------------------------------------------------------------- transcripts
+# ------------------------------------------------------------------------------------- transcripts
 
-def read_subset(folder: Path, subset: str) -> tuple[list[Utterance], list[str]]:
-    """A subset in any of the three layouts -> utterances, and a line on each thing that cannot be used."""
-    if (folder / f"{subset}.jsonl").is_file():
-        found, skipped = read_rows(folder / f"{subset}.jsonl")
-    elif any(folder.glob(f"*/*/transcript_{subset}.txt")):
-        found, skipped = read_ml_superb(folder, subset)
-    else:
-        found, skipped = read_librispeech(folder, subset)
+def read_subset(folders: list[Path], subset: str) -> tuple[list[Utterance], list[str]]:
+    """A subset, in any of the three layouts -> utterances, a message for each unusable one."""
+    found, skipped = [], []
+    for folder in folders:
+        if (folder / f"{subset}.jsonl").is_file():
+            rows, problems = read_rows(folder / f"{subset}.jsonl")
+        elif any(folder.glob(f"*/*/transcript_{subset}.txt")):
+            rows, problems = read_ml_superb(folder, subset)
+        else:
+            rows, problems = read_librispeech(folder, subset)
+        found, skipped = found + rows, skipped + problems
     kept: dict[str, Utterance] = {}
-    for name, text, lang, audio, *promised in found:    # seconds, where a manifest's row gives them
-        text = " ".join(text.replace("\ufeff", "").split())
-        if not name or len(name.encode(errors="replace")) > 200:                 # with its endings it must fit a file name, 255 bytes
-            name = name[:40] + hashlib.sha256(name.encode(errors="replace")).hexdigest()[:16]
+    for item in found:
+        text = " ".join(item.text.split())
         try:
-            f"{text}{lang}{audio}".encode()             # half characters of broken JSON, names of files in old encodings
             if not text:
-                raise InputError(f"{audio}: its transcript is empty")
-            if name in kept:
-                raise InputError(f"{audio}: id {name} was seen before ({kept[name].audio})")
-            if not os.path.isfile(audio):
-                raise InputError(f"{audio}: no such file")
-            info = sf.info(audio)
+                raise ValueError("its transcript is empty")
+            if item.id in kept:
+                raise ValueError(f"the id {item.id} is also that of {kept[item.id].audio}")
+            f"{text}{item.lang}{item.audio}".encode()       # half characters of broken JSON
+            info = sf.info(item.audio)
             seconds = info.frames / info.samplerate
-            if promised and isinstance(promised[0], (int, float)) and promised[0] < 0.8 * seconds:
-                raise InputError(f"{audio}: lasts {seconds:.1f} s, and its row means a piece of it; cut it out first")
-            kept[name] = Utterance(name, text, lang, audio, seconds)
-        except InputError as error:
-            skipped.append(str(error))
-        except UnicodeEncodeError:
-            skipped.append(f"{str(audio)!a}: its name, transcript or language is not valid Unicode")
-        except (sf.LibsndfileError, OSError, RuntimeError, ZeroDivisionError) as error:
-            skipped.append(f"{audio}: not readable as audio ({str(error).splitlines()[0]})")
+            if 0 < item.duration < 0.8 * seconds:
+                raise ValueError(f"lasts {seconds:.1f} s, its row says {item.duration} s: "
+                                 f"cut the piece out first")
+            kept[item.id] = item._replace(text=text, duration=seconds)
+        except (ValueError, sf.LibsndfileError, OSError, RuntimeError, ZeroDivisionError) as error:
+            skipped.append(f"{str(item.audio)!a}: {str(error).splitlines()[0]}")
     return list(kept.values()), skipped
 
 
-def read_librispeech(folder: Path, subset: str) -> tuple[list[tuple], list[str]]:
-    """speaker/chapter/*.trans.txt, whose lines are an id and its words; audio files lie beside it."""
-    audio, found, skipped = {}, [], []
-    for path in find_audio(folder, subset):
-        audio.setdefault(path.stem, []).append(path)
+def read_librispeech(folder: Path, subset: str) -> tuple[list[Utterance], list[str]]:
+    """speaker/chapter/*.trans.txt, whose lines are an id and its words, beside the audio files."""
+    audio = {(path.parent, path.stem): path for path in find_audio(folder, subset)}
+    found, skipped = [], []
     for path in sorted((folder / subset).rglob("*.trans.txt")):
         for line in path.read_text("utf-8-sig", errors="replace").split("\n"):
             name, _, text = line.strip().replace("\t", " ").partition(" ")
-            files = audio.get(name, [])
-            files = [file for file in files if file.parent == path.parent] or files
-            if len(files) == 1:
-                found.append((name, text, "", files[0]))
+            file = audio.pop((path.parent, name), None)
+            if file:
+                found.append(Utterance(name, text, "", name.split("-")[0], file))
             elif name:
-                skipped.append(f"{path}: {name} " + (f"may be {files[0]} or {files[1]}" if files else "has no audio file"))
-    with_text = {row[3] for row in found}
-    skipped += [f"{path}: no transcript names it" for files in audio.values() for path in files if path not in with_text]
+                skipped.append(f"{path}: {name} has no audio file of its own")
+    skipped += [f"{path}: no transcript names it" for path in audio.values()]
     return found, skipped
 
 
-def read_rows(manifest: Path) -> tuple[list[tuple], list[str]]:
-    """A manifest's rows hold audio_filepath and text, and perhaps lang, duration and offset."""
+def read_rows(manifest: Path) -> tuple[list[Utterance], list[str]]:
+    """A manifest's rows hold audio_filepath and text, and perhaps lang, speaker and duration."""
     rows, skipped = read_manifest(manifest)
     found = []
     for row in rows:
-        # The id becomes a file name: whatever the path held, it cannot lead out of --out.
-        name = re.sub(r"[^\w-]+", "-", str(Path(row["audio_filepath"]).with_suffix(""))).strip("-")
-        seconds = 0.0 if row.get("offset") else row.get("duration")             # a piece from further on: never the whole file
-        if isinstance(row.get("text") or "", str):
-            found.append((name, row.get("text") or "", str(row.get("lang") or ""), manifest.parent / row["audio_filepath"], seconds))
-        else:
-            skipped.append(f"{manifest}: the text of {row['audio_filepath']} is none")
+        audio, text, seconds = row["audio_filepath"], row.get("text"), row.get("duration")
+        # The id becomes a file name: it must be short, and cannot lead out of --out.
+        name = re.sub(r"[^\w-]+", "-", str(Path(audio).with_suffix("")))[-60:].strip("-")
+        if not isinstance(text, str) or not isinstance(seconds or 0, (int, float)):
+            skipped.append(f"{manifest}: {audio}: its text is no string, or its duration no number")
+            continue
+        # A row with an offset is a piece of a file: any duration is then too short.
+        seconds = 1e-9 if row.get("offset") else seconds or 0
+        lang, speaker = str(row.get("lang") or ""), str(row.get("speaker") or "")
+        found.append(Utterance(name, text, lang, speaker, manifest.parent / audio, seconds))
     return found, skipped
 
 
-def read_ml_superb(folder: Path, subset: str) -> tuple[list[tuple], list[str]]:
-    """<dataset>/<lang>/transcript_<subset>.txt, whose lines are id, duration (or a filler) and text, and wav/<id>.wav.
+def read_ml_superb(folder: Path, subset: str) -> tuple[list[Utterance], list[str]]:
+    """<dataset>/<lang>/transcript_<subset>.txt and wav/<id>.wav (ML-SUPERB, arXiv 2305.10615).
 
-    The subsets of ML-SUPERB (arXiv 2305.10615) are called 10min_train, 1h_train, 10min_dev and so on."""
+    A line holds id, duration (or a filler) and text. Subsets are called 10min_train, 1h_train, ...
+    """
     found, skipped = [], []
     for path in sorted(folder.glob(f"*/*/transcript_{subset}.txt")):
         for line in path.read_text("utf-8-sig", errors="replace").split("\n"):
             parts = line.split(maxsplit=2)
             if len(parts) == 3 and Path(parts[0]).name == parts[0]:
-                found.append((parts[0], parts[2], path.parent.name, path.parent / "wav" / f"{parts[0]}.wav"))
+                audio = path.parent / "wav" / f"{parts[0]}.wav"
+                found.append(Utterance(parts[0], parts[2], path.parent.name, "", audio))
             elif parts:
                 skipped.append(f"{path}: '{line[:60]}' is not a line of id, duration and text")
     return found, skipped
 
 
-# ---------------------------------------------------------------------------------------------------- noise
+# ------------------------------------------------------------------------------------------- noise
 
 class Noise:
-    """Adds one kind of noise at a random signal-to-noise ratio; which, follows from the seed and the utterance's id."""
+    """Adds one kind of noise at a random signal-to-noise ratio; both depend on seed and id alone."""
 
-    def __init__(self, kinds: tuple, snr: tuple, speakers: list[Path], seed: int):
-        """speakers: files that babble is made of; their names begin with the speaker, as LibriSpeech's do."""
-        self.kinds, self.snr, self.seed, self.speakers, self.unreadable = kinds, snr, seed, defaultdict(list), set()
-        for path in speakers:
-            self.speakers[path.stem.split("-")[0]].append(path)
-        if not -100 <= snr[0] <= snr[1] <= 1000:
-            raise InputError(f"--snr {snr[0]:g} {snr[1]:g}: give numbers of dB, LOW HIGH, between -100 and 1000")
-        self.files = {kind: sorted(path for path in Path(kind).rglob("*") if path.suffix.lower() in AUDIO_ENDINGS)
-                      for kind in kinds if kind not in ("white", "pink", "babble")}
-        for kind, files in self.files.items():
-            if not files:
-                raise InputError(f"--noise {kind}: not white, pink or babble, and no folder with audio files")
+    def __init__(self, kinds: list[str], snr: list[float], speech: list[Utterance], seed: int):
+        """kinds: white, pink, babble, or folders; snr: LOW HIGH in dB; speech: what babble mixes."""
+        self.kinds, self.snr, self.speech, self.seed = kinds, snr, speech, seed
+        self.files = {}
+        for kind in kinds:
+            if kind not in ("white", "pink", "babble"):
+                found = sorted(p for p in Path(kind).rglob("*") if p.suffix.lower() in AUDIO)
+                if not found:
+                    raise ValueError(f"--noise {kind}: neither white, pink or babble, nor a folder "
+                                     f"with audio files")
+                self.files[kind] = found
 
-    def __call__(self, wav: Tensor, name: str, audio: Path) -> Tensor:
-        """wav (S,), the utterance's id and file -> (S,)."""
-        rng = np.random.default_rng([self.seed, *name.encode()])
+    def __call__(self, wav: Tensor, item: Utterance) -> Tensor:
+        """wav (S,) -> (S,)."""
+        rng = np.random.default_rng([self.seed, *item.id.encode()])
         kind, snr = self.kinds[rng.integers(len(self.kinds))], rng.uniform(*self.snr)
-        noise = torch.from_numpy(self.make(kind, len(wav), audio, rng)).float()
-        gain = (wav.square().mean() / noise.square().mean().clamp(min=1e-10)).sqrt() * 10 ** (-snr / 20)
-        return wav + gain * noise
-
-    def make(self, kind: str, length: int, audio: Path, rng: np.random.Generator) -> np.ndarray:
-        if kind in ("white", "pink"):
-            white = rng.standard_normal(length)
-            if kind == "white":
-                return white
-            # Pink: power falls as 1 / frequency, here from 20 Hz on. Half of it would lie below, which no speech meets.
-            hz = np.fft.rfftfreq(length, 1 / SAMPLE_RATE)
-            return np.fft.irfft(np.fft.rfft(white) * (hz >= 20) / np.sqrt(np.maximum(hz, 20)), length)
-        if kind == "babble":                            # six recordings, of as many other voices as there are
-            voices = [files for name, files in self.speakers.items() if name != audio.stem.split("-")[0]]
-            voices = voices or [[path for path in sum(self.speakers.values(), []) if path != audio] or [audio]]
-            six = np.resize(rng.permutation(len(voices)), 6)
-            return sum(self.stretch(voices[i], rng.integers(len(voices[i])), length, rng) for i in six)
-        files = self.files[kind]
-        return self.stretch(files, rng.integers(len(files)), length, rng)
-
-    def stretch(self, files: list[Path], number: int, length: int, rng: np.random.Generator) -> np.ndarray:
-        """A random stretch of a file, or of the next that can be read, repeated where it is too short; its level set to 1."""
-        for attempt in range(len(files)):
-            path = files[(number + attempt) % len(files)]
-            try:
-                wav = read_audio(path).numpy()
-                break
-            except InputError as error:
-                if attempt == len(files) - 1:
-                    raise InputError(f"no noise can be read: {error}") from None
-                if path not in self.unreadable:
-                    tqdm.write(f"noise left out: {error}")
-                    self.unreadable.add(path)
-        level = np.mean(wav ** 2)
-        for _ in range(100):                            # a recording may be silent for most of its time
-            part = wav.take(np.arange(length) - rng.integers(len(wav)), mode="wrap")
-            if np.mean(part ** 2) >= 0.1 * level:
-                break
-        return part / max(1e-5, float(np.sqrt(level)))
+        if kind == "white":
+            noise = torch.from_numpy(rng.standard_normal(len(wav))).float()
+        elif kind == "pink":
+            noise = pink(len(wav), rng)
+        elif kind == "babble":          # six recordings of other speakers
+            others = [other for other in self.speech if other.id != item.id]
+            strangers = [other for other in others if other.speaker != item.speaker] or others
+            files = [other.audio for other in strangers] or [item.audio]
+            noise = sum(stretch(files, len(wav), rng) for _ in range(6))
+        else:
+            noise = stretch(self.files[kind], len(wav), rng)
+        if not wav.any():
+            return wav                  # silence has no signal-to-noise ratio
+        return torchaudio.functional.add_noise(wav[None], noise[None], torch.tensor([snr]))[0]
 
 
-# ---------------------------------------------------------------------------------------------------- encoding
+def pink(length: int, rng: np.random.Generator) -> Tensor:
+    """Power falls as 1 / frequency from 20 Hz on; half of it would lie below, outside all speech."""
+    spectrum = np.fft.rfft(rng.standard_normal(length))
+    hz = np.fft.rfftfreq(length, 1 / SAMPLE_RATE)
+    spectrum *= (hz >= 20) / np.sqrt(hz.clip(20))
+    return torch.from_numpy(np.fft.irfft(spectrum, length)).float()
+
+
+def stretch(files: list[Path], length: int, rng: np.random.Generator) -> Tensor:
+    """A random stretch of a random file, repeated where it is too short, at power 1 -> (length,).
+
+    Files that cannot be read, and stretches of silence, are passed over."""
+    for _ in range(100):
+        try:
+            wav = read_audio(files[rng.integers(len(files))])
+        except ValueError as error:
+            problem = error
+            continue
+        start = int(rng.integers(len(wav)))
+        part = wav.roll(-start).repeat(-(-length // len(wav)))[:length]
+        power = part.square().mean()
+        if power > 1e-8:
+            return part / power.sqrt()
+        problem = "it is silent"
+    raise ValueError(f"no noise can be taken from {files[0]} and {len(files) - 1} others: {problem}")
+
+
+# ---------------------------------------------------------------------------------------- encoding
 
 class Encodec:
-    """The published EnCodec (pip install encodec; arXiv 2210.13438) behind the interface of our Codec."""
+    """The published EnCodec (pip install encodec; arXiv 2210.13438) with the interface of Codec."""
 
-    def __init__(self, kbps: float, device: str, model=None):
-        """kbps: 1.5, 3 or 6 = 2, 4 or 8 codebooks. model: an EncodecModel; None downloads the 24 kHz one."""
+    def __init__(self, device: str, model=None):
+        """model: an EncodecModel; None downloads the one for 24 kHz. Used with 8 codebooks."""
         if model is None:
             try:
                 from encodec import EncodecModel
-            except ImportError:
-                raise InputError("--codec encodec: pip install encodec, or give the path of a codec of ours") from None
-            try:
                 model = EncodecModel.encodec_model_24khz()
-            except OSError as error:
-                raise InputError(f"--codec encodec: its weights cannot be downloaded ({error})") from None
-        if kbps not in (1.5, 3, 6):
-            raise InputError(f"--kbps {kbps:g}: give 1.5, 3 or 6")
-        model.set_target_bandwidth(kbps)
-        self.model, self.sample_rate = model.to(device).eval(), model.sample_rate
-        self.num_codebooks = model.quantizer.get_num_quantizers_for_bandwidth(model.frame_rate, kbps)
-        self.hop, self.bitrate = int(np.prod(model.encoder.ratios)), kbps * 1000
-        self.fingerprint = f"encodec-{kbps:g}"
-        self.quantizer = self               # codebooks() and its sizes are found where our Codec has them
+            except (ImportError, OSError) as error:
+                raise ValueError(f"--codec encodec: {error}; it needs pip install encodec, and the "
+                                 f"network to fetch its weights")
+        model.set_target_bandwidth(6.0)
+        self.model = model.to(device).eval()
+        self.sample_rate, self.bitrate, self.fingerprint = model.sample_rate, 6000, "encodec-24khz"
+        self.hop = math.prod(model.encoder.ratios)
+        self.quantizer = self           # its sizes and codebooks() are found where Codec has them
+        self.num_codebooks, self.codebook_size, self.dim = self.codebooks().shape
 
     def codebooks(self) -> Tensor:
-        return torch.stack([layer._codebook.embed for layer in self.model.quantizer.vq.layers[:self.num_codebooks]])
+        return torch.stack([layer._codebook.embed for layer in self.model.quantizer.vq.layers[:8]])
 
-    @property
-    def dim(self) -> int:
-        return self.codebooks().shape[2]
-
-    @property
-    def codebook_size(self) -> int:
-        return self.codebooks().shape[1]
-
-    def encode(self, wav: Tensor, wav_len: Tensor) -> tuple[Tensor, Tensor]:
-        """wav (B, S) at 16 kHz -> tokens (B, Q, T), token_len. One by one: in EnCodec, padding leaks into the codes."""
-        tokens = []
-        for row, length in zip(wav, wav_len.tolist()):
-            row = torchaudio.functional.resample(row[:length], SAMPLE_RATE, self.sample_rate)
-            tokens.append(self.model.encode(row[None, None])[0][0][0].T)        # (T, Q)
-        return pad_sequence(tokens, batch_first=True).transpose(1, 2), torch.tensor([len(row) for row in tokens])
+    def encode(self, wav: Tensor) -> Tensor:
+        """wav (1, S) at 16 kHz -> tokens (1, Q, T)."""
+        wav = torchaudio.functional.resample(wav, SAMPLE_RATE, self.sample_rate)
+        return self.model.encode(wav[None])[0][0]
 
 
 class FrontEnd:
-    """What turns audio into the recogniser's input: a codec's tokens, its latent, or log-mel."""
+    """Turns audio into the recogniser's input: a codec's tokens, its latent, or log-mel."""
 
-    def __init__(self, features: str, codec_path: str, hop: int, device: str, kbps: float = 6.0):
-        """hop: of log-mel; a codec has its own. kbps: of EnCodec."""
-        self.device = device
+    def __init__(self, features: str, codec_path: str, hop: int, device: str):
+        """features: tokens, latent or mel; hop: of log-mel, as a codec has its own."""
+        self.features, self.device = features, device
         if features == "mel":
-            self.mel = LogMel(512, hop, 80).to(device)
-            self.encode, self.codebooks, self.type = self.log_mel, None, torch.float16
-            self.meta = {"codec": f"mel-{hop}", "sample_rate": SAMPLE_RATE, "hop": hop, "bitrate": None,
-                         "codebooks": 0, "codebook_size": 0, "dim": 80}
-        else:
-            codec = Encodec(kbps, device) if codec_path == "encodec" else Codec.load(codec_path, device)
-            quantizer, is_tokens = codec.quantizer, features == "tokens"
-            if not is_tokens and codec_path == "encodec":
-                raise InputError("--features latent: only with a codec of ours, not with encodec")
-            self.encode, self.type = (codec.encode, torch.int16) if is_tokens else (codec.latent, torch.float16)
-            self.codebooks = quantizer.codebooks() if is_tokens else None
-            self.meta = {"codec": codec.fingerprint, "sample_rate": codec.sample_rate, "hop": codec.hop,
-                         "bitrate": codec.bitrate if is_tokens else None,
-                         "codebooks": quantizer.num_codebooks if is_tokens else 0,
-                         "codebook_size": quantizer.codebook_size, "dim": quantizer.dim}
-        self.meta |= {"features": features, "codec_path": str(codec_path), "kbps": kbps}
-
-    def log_mel(self, wav: Tensor, wav_len: Tensor) -> tuple[Tensor, Tensor]:
-        """wav (B, S) -> (B, M, T), token_len (B,)."""
-        return self.mel(F.pad(wav, (0, -wav.shape[1] % self.mel.hop))), -(-wav_len // self.mel.hop)
+            self.hop, self.encode = hop, LogMel(mel_window(hop), hop, 80).to(device)
+            self.meta = {"features": features, "codec": f"mel-{hop}", "sample_rate": SAMPLE_RATE,
+                         "hop": hop, "bitrate": None, "codebooks": 0, "codebook_size": 0, "dim": 80}
+            return
+        codec = Encodec(device) if codec_path == "encodec" else Codec.load(codec_path, device)
+        self.hop, self.quantizer = codec.hop, codec.quantizer
+        tokens = features == "tokens"
+        self.encode = codec.encode if tokens else codec.latent
+        self.meta = {"features": features, "codec": codec.fingerprint, "hop": codec.hop,
+                     "sample_rate": codec.sample_rate, "bitrate": codec.bitrate if tokens else None,
+                     "codebooks": self.quantizer.num_codebooks if tokens else 0,
+                     "codebook_size": self.quantizer.codebook_size, "dim": self.quantizer.dim}
 
     @torch.inference_mode()
-    def __call__(self, wavs: list[Tensor]) -> list[np.ndarray]:
-        """wavs, (S,) each -> arrays as they are stored, (T, Q) int16 or (T, D) float16 each."""
-        wav_len = torch.tensor([len(wav) for wav in wavs], device=self.device)
-        features, lengths = self.encode(pad_sequence(wavs, batch_first=True).to(self.device), wav_len)    # (B, Q or D, T)
-        features = features.transpose(1, 2).to(self.type).cpu().numpy()
-        return [np.ascontiguousarray(row[:length]) for row, length in zip(features, lengths.tolist())]
+    def __call__(self, wav: Tensor) -> np.ndarray:
+        """wav (S,) -> tokens (T, Q) int16, or features (T, D) float16."""
+        wav = F.pad(wav, (0, -len(wav) % self.hop))
+        array = self.encode(wav[None].to(self.device))[0].T.cpu()
+        return array.to(torch.int16 if self.features == "tokens" else torch.float16).numpy()
 
 
-class Audio(Dataset):
-    """Reads (and degrades) utterances in worker processes; an unreadable one comes back as its error."""
+class Recordings(Dataset):
+    """Reads utterances, at their speed and with their noise, in worker processes."""
 
     def __init__(self, utterances: list[Utterance], noise: Noise | None):
         self.utterances, self.noise = utterances, noise
@@ -317,175 +265,169 @@ class Audio(Dataset):
     def __len__(self) -> int:
         return len(self.utterances)
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+    def __getitem__(self, index: int) -> Tensor | str:
+        """-> wav (S,), or why it cannot be read."""
         item = self.utterances[index]
         try:
             wav = read_audio(item.audio)
-            if item.speed != 1.0:                       # as sox does it: faster is also higher
-                wav = torchaudio.functional.resample(wav, round(SAMPLE_RATE * item.speed / 100), SAMPLE_RATE // 100)
-            return index, self.noise(wav, item.id, item.audio) if item.noisy else wav
-        except InputError as error:
-            return index, str(error)
+            if item.speed != 1.0:       # as sox does it: faster is also higher
+                rate = round(SAMPLE_RATE * item.speed / 100)
+                wav = torchaudio.functional.resample(wav, rate, SAMPLE_RATE // 100)
+            return self.noise(wav, item) if item.noisy else wav
+        except ValueError as error:
+            return str(error)
 
 
-def with_copies(utterances: list[Utterance], settings: TokenSettings) -> list[Utterance]:
+def with_copies(utterances: list[Utterance], args: Namespace) -> list[Utterance]:
     """The utterances, and their copies at other speeds and in noise."""
-    everything = list(utterances)
-    for speed in settings.speeds:
-        everything += [item._replace(id=f"{item.id}-speed{speed:g}", copy_of=item.id, speed=speed, duration=item.duration / speed)
-                       for item in utterances]
-    for copy in range(settings.copies if settings.noise else 0):
-        everything += [item._replace(id=f"{item.id}-noise{copy}", copy_of=item.id, noisy=True) for item in utterances]
-    twice = [name for name, count in Counter(item.id for item in everything).items() if count > 1]
-    if twice:
-        raise InputError(f"--speeds, --noise: {twice[0]} would stand for two things; give each speed once, or rename the original")
-    return everything
-
-
-def batches(utterances: list[Utterance], seconds: float) -> list[list[int]]:
-    """Indices in batches of like length, each of at most so many padded seconds (or one utterance)."""
-    order = sorted(range(len(utterances)), key=lambda i: -utterances[i].duration)
-    result, longest = [], 0.0
-    for i in order:
-        if not result or (len(result[-1]) + 1) * longest > seconds:
-            result.append([])
-            longest = utterances[i].duration
-        result[-1].append(i)
-    return result
-
-
-def encode_subset(front_end: FrontEnd, utterances: list[Utterance], noise: Noise | None, folder: Path, workers: int) -> list[str]:
-    """Write folder/<id>.npy for every utterance that has none yet -> lines on those that could not be read."""
-    folder.mkdir(parents=True, exist_ok=True)
+    copies = []
     for item in utterances:
-        array = folder / f"{item.id}.npy"
-        if array.exists() and array.stat().st_mtime < item.audio.stat().st_mtime:       # of what the file held before
-            array.unlink()
-    todo = [item for item in utterances if not frames_in(folder / f"{item.id}.npy", front_end.meta)]
-    loader = DataLoader(Audio(todo, noise), batch_sampler=batches(todo, 20 if front_end.device == "cpu" else 600),
-                        num_workers=workers if todo else 0, collate_fn=list)
-    skipped, writes = [], []
-    with ThreadPoolExecutor(1) as writer, tqdm(total=len(todo), desc=folder.name, disable=not todo) as bar:
-        for batch in told(loader):
-            skipped += [wav for _, wav in batch if isinstance(wav, str)]
-            good = [(index, wav) for index, wav in batch if not isinstance(wav, str)]
-            for (index, _), array in zip(good, front_end([wav for _, wav in good]) if good else ()):
-                writes.append(writer.submit(save_array, folder / f"{todo[index].id}.npy", array))
-            bar.update(len(batch))
-            while writes and writes[0].done():
-                writes.pop(0).result()                  # a full disk is told here
-        for write in writes:
-            write.result()
+        for speed in set(args.speeds):
+            copies.append(item._replace(id=f"{item.id}-speed{speed:g}", copy_of=item.id,
+                                        speed=speed, duration=item.duration / speed))
+        for number in range(args.copies if args.noise else 0):
+            copies.append(item._replace(id=f"{item.id}-noise{number}", copy_of=item.id, noisy=True))
+    return utterances + copies
+
+
+def tokenize(args: Namespace) -> None:
+    device, rank, world = start_processes(args.device)
+    out = Path(args.out)
+    roles, places = find_subsets(args.corpus, train=args.train, dev=args.dev, test=args.test)
+    front_end = FrontEnd(args.features, args.codec, args.hop, str(device))
+    from_here = os.path.relpath(args.codec, out)        # so that the folders can move together
+    meta = front_end.meta | roles | {
+        "codec_path": args.codec if args.codec == "encodec" else from_here,
+        "corpus": [str(Path(name).resolve()) if os.path.isdir(name) else name
+                   for name in args.corpus],
+        "noise": args.noise, "snr": args.snr, "seed": args.seed}
+    check_same_tokens(out / "meta.json", meta)
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "meta.json", json.dumps(meta, indent=1).encode())
+        if args.features == "tokens":
+            save_array(out / "codebooks.npy", front_end.quantizer.codebooks().cpu().numpy())
+
+    for subset, folders in places.items():
+        utterances, skipped = read_subset(folders, subset)
+        noise = None
+        if subset in roles["train"]:
+            if args.noise:
+                noise = Noise(args.noise, args.snr, utterances, args.seed)
+            utterances = with_copies(utterances, args)
+        unreadable = encode(front_end, utterances[rank::world], noise, out / subset, args.workers)
+        everyone = [unreadable]
+        if world > 1:
+            everyone = [None] * world
+            dist.all_gather_object(everyone, unreadable)
+        if rank == 0:
+            skipped += [problem for problems in everyone for problem in problems]
+            write_rows(out, subset, utterances, skipped)
+    if rank == 0:
+        print(f"wrote {out}; next: python train_asr.py --tokens {out}")
+
+
+def encode(front_end: FrontEnd, utterances: list[Utterance], noise: Noise | None, folder: Path,
+           workers: int) -> list[str]:
+    """Write folder/<id>.npy for each utterance without one -> messages on unreadable audio."""
+    folder.mkdir(parents=True, exist_ok=True)
+    todo = [item for item in utterances if not (folder / f"{item.id}.npy").exists()]
+    loader = DataLoader(Recordings(todo, noise), batch_size=None, num_workers=workers)
+    skipped = []
+    for item, wav in zip(todo, tqdm(loader, folder.name, disable=None if todo else True)):
+        if isinstance(wav, str):
+            skipped.append(wav)
+        else:
+            save_array(folder / f"{item.id}.npy", front_end(wav))
     return skipped
-
-
-def told(loader: DataLoader):
-    """The batches of a loader; the death of one of its processes is told in one line."""
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise InputError("a process that reads audio died, maybe for want of (shared) memory; try --workers 0. "
-                         "What was finished is kept, the same command continues") from None
-
-
-def frames_in(path: Path, meta: dict) -> int:
-    """Length of an array on disk; 0 when there is none. A damaged one is removed, and so made anew."""
-    if not path.exists():
-        return 0
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)                # its header fits the size of the file
-        if array.dtype != ("int16" if meta["codebooks"] else "float16") or array.shape[1:] != (meta["codebooks"] or meta["dim"],):
-            raise ValueError(f"it holds {array.dtype} {array.shape}")
-        return len(array)
-    except OSError:                                     # of the disk: the file may be sound
-        raise
-    except Exception as error:                          # numpy raises many types for a damaged file
-        print(f"{path} was damaged and is removed ({error!r})")
-        path.unlink()
-        return 0
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
     buffer = io.BytesIO()
     np.save(buffer, array)
-    write_atomically(path, buffer.getbuffer())
+    write_atomically(path, buffer.getvalue())
 
 
-def write_rows(path: Path, utterances: list[Utterance], folder: Path, meta: dict) -> list[dict]:
-    """<subset>.jsonl: a row for every utterance whose array was written."""
-    rows = []
+def write_rows(out: Path, subset: str, utterances: list[Utterance], skipped: list[str]) -> None:
+    """Write <subset>.jsonl and <subset>.skipped.txt, and say what is in them."""
+    lines, seconds = [], 0.0
     for item in utterances:
-        array = folder / f"{item.id}.npy"
-        if frames := frames_in(array, meta):
-            frame = meta["hop"] / meta["sample_rate"]
-            seconds = min(max(item.duration, (frames - 1) * frame), frames * frame)     # a file's header may be wrong
-            row = {"id": item.id, "text": item.text, "lang": item.lang, "duration": round(seconds, 3), "frames": frames,
-                   "audio": str(item.audio.resolve()), "array": f"{folder.name}/{array.name}"}
-            rows.append(row | ({"copy_of": item.copy_of, "noisy": item.noisy} if item.copy_of else {}))
-    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-    return rows
-
-
-def tokenize(settings: TokenSettings) -> None:
-    device, rank, world = start_processes(settings.device)
-    out = Path(settings.out)
-    folder, train, dev, test = corpus_subsets(settings.corpus, settings.train, settings.dev, settings.test)
-    front_end = FrontEnd(settings.features, settings.codec, settings.hop, str(device), settings.kbps)
-    meta = front_end.meta | {"corpus": str(folder.resolve()), "train": train, "dev": dev, "test": test, "speeds": settings.speeds,
-                              "noise": settings.noise, "snr": settings.snr, "seed": settings.seed}
-    subsets = {}
-    for subset in dict.fromkeys((*train, *dev, *test)):
-        if Path(subset).name != subset or subset == "..":                       # or it would lead out of --out
-            raise InputError(f"{subset}: not the name of a subset of {folder}; give its folder as --corpus")
-        subsets[subset] = read_subset(folder, subset)
-    noises = {subset: Noise(settings.noise, settings.snr, [item.audio for item in subsets[subset][0]], settings.seed) for subset in train}
-    check_same_codec(out / "meta.json", meta)
-    if rank == 0:                                       # now that all flags are known to be good
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / "meta.json", json.dumps(meta, indent=1).encode())
-        if front_end.codebooks is not None:
-            save_array(out / "codebooks.npy", front_end.codebooks.cpu().numpy())
-    for subset, (utterances, skipped) in subsets.items():
-        if subset in train:
-            utterances = with_copies(utterances, settings)
-        unread = encode_subset(front_end, utterances[rank::world], noises.get(subset), out / subset, settings.workers)
-        skipped += sum(everyone(unread), [])            # also waits for the other processes
-        if rank == 0:
-            finish_subset(out, subset, utterances, skipped, meta)
-    if rank == 0:
-        print(f"wrote {out}; next: python train_asr.py --tokens {out}")
-
-
-def finish_subset(out: Path, subset: str, utterances: list[Utterance], skipped: list[str], meta: dict) -> None:
-    """Write <subset>.jsonl and <subset>.skipped.txt and say what is in them."""
-    rows = write_rows(out / f"{subset}.jsonl", utterances, out / subset, meta)
-    write_atomically(out / f"{subset}.skipped.txt", "".join(f"{line}\n" for line in skipped).encode())
-    print(f"{subset}: {len(rows)} utterances, {sum(row['duration'] for row in rows) / 3600:.2f} hours")
+        array = out / subset / f"{item.id}.npy"
+        if not array.exists():
+            continue
+        frames = len(np.load(array, mmap_mode="r"))
+        row = {"id": item.id, "text": item.text, "lang": item.lang, "speaker": item.speaker,
+               "duration": round(item.duration, 3), "frames": frames,
+               "audio": str(item.audio.resolve()), "array": f"{subset}/{array.name}"}
+        if item.copy_of:
+            row |= {"copy_of": item.copy_of, "noisy": item.noisy}
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+        seconds += item.duration
+    write_atomically(out / f"{subset}.skipped.txt", "".join(f"{s}\n" for s in skipped).encode())
+    print(f"{subset}: {len(lines)} utterances, {seconds / 3600:.2f} hours")
     if skipped:
-        print(f"  {len(skipped)} skipped, listed in {out / subset}.skipped.txt; the first: {skipped[0]}")
-    if not rows:
-        raise InputError(f"{subset}: nothing that can be used; see {out / subset}.skipped.txt")
+        print(f"  {len(skipped)} skipped, named in {out / subset}.skipped.txt: {skipped[0]}")
+    if not lines:
+        raise ValueError(f"{subset}: nothing that can be used; see {out / subset}.skipped.txt")
+    write_atomically(out / f"{subset}.jsonl", "".join(lines).encode())
 
 
-def check_same_codec(path: Path, meta: dict) -> None:
-    """Tokens of two codecs or corpora, or copies in two kinds of noise, must not be mixed in one folder."""
-    if path.exists():
-        try:
-            before = dict(json.loads(path.read_text("utf-8")))
-        except (ValueError, TypeError):
-            raise InputError(f"{path}: damaged, nothing tells which codec made the arrays beside it: "
-                             f"give another --out, or delete {path.parent}") from None
-        for name in ("features", "codec", "hop", "corpus", *(("noise", "snr", "seed") if before.get("noise") else ())):
-            if before.get(name) != json.loads(json.dumps(meta[name])):
-                raise InputError(f"{path.parent} holds {before.get('features')} with {name} {before.get(name)}, now {meta[name]}: "
-                                 f"give another --out, or delete it")
+def check_same_tokens(path: Path, meta: dict) -> None:
+    """Tokens of two codecs or corpora, or copies in two kinds of noise, do not share a folder."""
+    if not path.exists():
+        return
+    before = json.loads(path.read_text("utf-8"))
+    for name in ("features", "codec", "hop", "corpus", "noise", "snr", "seed"):
+        if before[name] != meta[name]:
+            raise ValueError(f"{path.parent} holds tokens with {name} {before[name]}, not "
+                             f"{meta[name]}: give another --out, or delete it")
+
+
+# -------------------------------------------------------------------------------------------- main
+
+def parse(arguments: list[str] | None = None) -> Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=HelpPage)
+    add = parser.add_argument
+    add("--corpus", nargs="+", default=["synthetic"],
+        help="synthetic, mini-librispeech, librispeech, or folders, read as one corpus")
+    add("--train", nargs="+", default=[], help="subsets to train on")
+    add("--dev", nargs="+", default=[], help="subsets to choose the best epoch on")
+    add("--test", nargs="+", default=[], help="subsets to evaluate on")
+    add("--codec", default="runs/codec/codec.pt", help="a trained codec, or encodec")
+    add("--features", choices=("tokens", "latent", "mel"), default="tokens",
+        help="tokens, or what they are compared with: the codec's latent, log-mel")
+    add("--hop", type=int, default=400,
+        help="samples a frame of --features mel: 400 = 40 Hz as the tokens, 160 = the usual 10 ms")
+    add("--speeds", nargs="+", type=float, default=[],
+        help="also copies of the train subsets at these speeds, such as 0.9 1.1")
+    add("--noise", nargs="+", default=[],
+        help="also noisy copies of the train subsets: white, pink, babble, or folders of audio")
+    add("--snr", nargs=2, type=float, metavar=("LOW", "HIGH"), default=[0.0, 20.0],
+        help="range of the noisy copies' signal-to-noise ratio in dB")
+    add("--copies", type=int, default=1, help="noisy copies of each utterance, with --noise")
+    add("--workers", type=int, default=1, help="processes that read audio while the codec works")
+    add("--seed", type=int, default=0, help="of the noise")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
+    add("--out", default="runs/tokens", help="folder to write")
+    args = parser.parse_args(arguments)
+    if args.snr[0] > args.snr[1]:
+        parser.error("--snr takes two numbers, LOW HIGH")
+    if args.codec == "encodec" and args.features == "latent":
+        parser.error("--features latent needs a codec of ours, not encodec")
+    if args.hop < 1 or args.workers < 0 or not all(0.1 <= speed <= 10 for speed in args.speeds):
+        parser.error("--hop must be above 0, --workers at least 0, --speeds between 0.1 and 10")
+    return args
 
 
 def main(arguments: list[str] | None = None) -> None:
-    tokenize(parse(TokenSettings, __doc__, arguments))
+    args = parse(arguments)
+    try:
+        tokenize(args)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    run(main)
+    main()
