@@ -410,7 +410,9 @@ def train(args: Namespace) -> None:
         torch.set_num_threads(1)        # so small that a second thread makes it slower
     if args.batch % world:
         raise ValueError(f"--batch {args.batch}: must be a multiple of the {world} processes")
-    files = find_files(args)
+    files = {role: [path for name, folders in subsets.items() for folder in folders
+                    for path in find_audio(folder, name)]
+             for role, subsets in find_subsets(args.corpus, train=args.train, dev=args.dev).items()}
     torch.manual_seed(args.seed)
     codec = Codec(args.encoder, args.quantizer, args.strides, args.codebooks, args.codebook_size,
                   args.size).to(device)
@@ -485,24 +487,17 @@ def train(args: Namespace) -> None:
               f"wrote {path}; next: python tokenize_corpus.py --codec {path}")
 
 
-def find_files(args: Namespace) -> dict[str, list[Path]]:
-    """The audio files for "train" and "dev"."""
-    roles, places = find_subsets(args.corpus, train=args.train, dev=args.dev)
-    return {role: [path for name in names for folder in places[name]
-                   for path in find_audio(folder, name)] for role, names in roles.items()}
-
-
 @torch.no_grad()
 def start_codebooks(codec: Codec, crops: Crops) -> None:
-    """RVQ's k-means on the latent of the untrained encoder: eight frames a code, one step or more.
+    """RVQ's k-means on the untrained encoder's latent of the first crops: eight frames a code.
 
-    Every process encodes the same crops."""
-    device = next(codec.parameters()).device
-    latents, frames = [], 0
-    while frames < 8 * codec.quantizer.codebook_size:
-        latents.append(codec.encoder(crops.step(len(latents)).to(device)))
-        frames += latents[-1].shape[0] * latents[-1].shape[2]
-    codec.quantizer.initialise(torch.cat(latents).transpose(1, 2).flatten(0, 1))
+    Every process encodes the same crops.
+    """
+    frames = crops.batch * crops.length // codec.hop                        # a step
+    steps = -(-8 * codec.quantizer.codebook_size // frames)
+    device = codec.quantizer.embed.device
+    latents = [codec.encoder(crops.step(step).to(device)) for step in range(steps)]
+    codec.quantizer.initialise(torch.cat(latents).mT.flatten(0, 1))
 
 
 def update(loss: Tensor, optimiser: torch.optim.Optimizer, lr: float) -> None:
@@ -702,39 +697,39 @@ def read_audio(path: str | Path, seconds: float | None = None, at: float = 0.0) 
     return torchaudio.functional.resample(torch.from_numpy(wav), rate, SAMPLE_RATE)
 
 
-def find_subsets(corpora: list[str], **asked: list[str]) -> tuple[dict, dict]:
-    """Several corpora, read as one -> roles, places.
+def find_subsets(corpora: list[str], **asked: list[str]) -> dict[str, dict[str, list[Path]]]:
+    """Several corpora, read as one -> {role: {subset: [folders that have it]}}.
 
-    asked: for "train", "dev" and "test", the names of subsets, or [] for the usual ones.
-    roles: {"train": [subset, ...], ...}; places: {subset: [folders that have it]}.
-    Named corpora are made or downloaded first, as far as they are needed.
+    asked: for the roles train, dev and test, the names of subsets, or [] for the usual ones, of
+    which dev and test may be missing. Named corpora are made or downloaded, as far as needed.
     """
-    folders, roles = [], {role: list(names) for role, names in asked.items()}
+    folders, wanted = [], {role: list(names) for role, names in asked.items()}
     for corpus in corpora:
         folder, usual = CORPORA.get(corpus, (corpus, CORPORA["synthetic"][1]))
         folders.append(Path(folder))
-        for role in roles:
-            roles[role] += [name for name in usual[role] if not asked[role]]
+        for role in asked:
+            wanted[role] += [] if asked[role] else usual[role]
         if not dist.is_initialized() or dist.get_rank() == 0:
             if corpus == "synthetic":
                 make_synthetic(folders[-1])
             elif corpus in CORPORA:
-                for name in itertools.chain(*roles.values()):
+                for name in itertools.chain(*wanted.values()):
                     fetch_librispeech(folders[-1], name)
         if dist.is_initialized():
             dist.barrier()              # the other processes wait until the corpus is there
         if not folders[-1].is_dir():
             raise ValueError(f"--corpus {corpus}: no such folder; known names: {', '.join(CORPORA)}")
-    places = {name: [folder for folder in folders if find_audio(folder, name)]
-              for name in itertools.chain(*roles.values())}
-    for name in [*itertools.chain(*asked.values()), *roles["train"]]:
-        if not places[name]:
-            held = sorted(path.name for folder in folders for path in folder.iterdir())
-            raise ValueError(f"no audio of a subset {name} in {', '.join(corpora)}, which holds: "
-                             f"{', '.join(held[:12])}; name yours with --train, --dev, --test")
-    # Each name once; a usual dev or test subset may be missing.
-    return {role: [name for name in dict.fromkeys(names) if places[name]]
-            for role, names in roles.items()}, {name: found for name, found in places.items() if found}
+    found = {role: {} for role in asked}
+    for role, names in wanted.items():
+        for name in names:
+            places = [folder for folder in folders if find_audio(folder, name)]
+            if places:
+                found[role][name] = places
+            elif asked[role] or role == "train":
+                held = sorted(path.name for folder in folders for path in folder.iterdir())
+                raise ValueError(f"no audio of a subset {name} in {', '.join(corpora)}, which "
+                                 f"holds {', '.join(held[:12])}: name yours with --{role}")
+    return found
 
 
 def find_audio(folder: Path, subset: str) -> list[Path]:
@@ -949,9 +944,8 @@ def speak(words: list[str], voice: dict, rng: np.random.Generator) -> np.ndarray
     track = articulate(words, voice, rng)
     frames = track.shape[1]
 
-    # The source: pulses at a pitch that falls and wanders, and white noise, both of power 1.
-    melody = np.linspace(1.15, 0.82, frames) * rng.normal(1, 0.01, frames)
-    melody *= np.interp(np.linspace(0, 8, frames), range(9), rng.normal(1, 0.06, 9))
+    # The source: pulses at a falling, slightly rough pitch, and white noise, both of power 1.
+    melody = np.linspace(1.15, 0.82, frames) * rng.normal(1, 0.02, frames)
     pitch = np.repeat(voice["pitch"] * melody, STEP)                        # (S,)
     pulses = np.diff(np.floor(np.cumsum(pitch / SAMPLE_RATE)), prepend=0)
     source = np.stack([pulses * np.sqrt(SAMPLE_RATE / pitch), rng.normal(0, 1, len(pitch))])

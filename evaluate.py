@@ -231,9 +231,10 @@ def save_report(args: Namespace, name: str, report: dict, page: str) -> Path:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     git = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
-    origin = {"command": shlex.join(sys.argv), "seed": args.seed,
+    origin = {"command": shlex.join(["python", *sys.argv]), "seed": args.seed,
               "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
-              "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+              "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, "
+                         f"{torch.get_num_threads()} threads"}
     write_atomically(out / f"{name}.md", page.encode())
     write_atomically(out / f"{name}.json", json.dumps(origin | report, indent=1).encode())
     print(f"{page}\nwrote {out / name}.md and .json")
@@ -250,12 +251,9 @@ def evaluate(args: Namespace) -> None:
     report, page = {}, ""
     for subset in args.test or found["test"]:
         data = TokenSet(tokens, [subset])
-        began = time.perf_counter()
         score = recogniser.score(data.rows, data.arrays)
-        speed = sum(row["duration"] for row in data.rows) / (time.perf_counter() - began)
-        report[subset] = score.summary(args.seed) | {"speech_per_second": speed}
-        page += f"\n{subset}: {speed:.0f} s of speech a second\n"
-        page += remarks(recogniser, score, report[subset])
+        report[subset] = score.summary(args.seed)
+        page += f"\n{subset}\n" + remarks(recogniser, score, report[subset])
         for kind in args.noise:
             for snr in args.snr or [20.0, 10.0, 0.0]:
                 arrays = degrade(front_end, data, kind, snr, args.seed)
@@ -293,8 +291,7 @@ def remarks(recogniser: Recogniser, score: Score, summary: dict) -> str:
 
 def degrade(front_end: FrontEnd, data: TokenSet, kind: str, snr: float, seed: int) -> list[Tensor]:
     """Arrays of the same utterances, noise added to their audio."""
-    items = [Utterance(row["id"], row["text"], row["lang"], row["speaker"], Path(row["audio"]))
-             for row in data.rows]
+    items = [Utterance(**{name: row[name] for name in Utterance._fields}) for row in data.rows]
     noise = Noise([kind], [snr, snr], items, seed)
     return [torch.from_numpy(front_end(noise(read_audio(item.audio), item)))
             for item in tqdm(items, f"{kind} {snr:g} dB", leave=False, disable=None)]
@@ -437,7 +434,7 @@ def figure(rows: int, height: float):
         raise ValueError("--plots needs pip install matplotlib")
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    return pyplot.subplots(rows, 1, figsize=(9, rows * height), layout="constrained")
+    return pyplot.subplots(rows, 1, figsize=(9, rows * height), layout="constrained", dpi=80)
 
 
 def plot_utterance(recogniser: Recogniser, wav: Tensor, array: Tensor, path: Path) -> None:
@@ -461,7 +458,7 @@ def plot_utterance(recogniser: Recogniser, wav: Tensor, array: Tensor, path: Pat
         axis.set(ylabel=label, xlim=(0, end))
     axes[3].set(xlabel="seconds", ylim=(0, 1.15))
     path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=80)
+    fig.savefig(path)
 
 
 def plot_comparison(report: dict, path: Path) -> None:
@@ -477,22 +474,20 @@ def plot_comparison(report: dict, path: Path) -> None:
     left.set(xlabel="epoch", ylabel="dev CER %", ylim=(0, 100))
     right.set(xlabel="kbit/s", ylabel="test CER %")
     left.legend()
-    fig.savefig(path, dpi=80)
+    fig.savefig(path)
 
 
 def plot_noise(report: dict, path: Path) -> None:
-    """CER over signal-to-noise ratio, a line for each subset and kind of noise."""
-    curves = {}
-    for name, summary in report.items():
-        if "noise" in summary:
-            curve = curves.setdefault(f"{name.split(',')[0]}, {summary['noise']}", [])
-            curve.append((summary["snr"], 100 * summary["cer"]))
+    """CER over signal-to-noise ratio, for each subset and kind of noise."""
     fig, axis = figure(1, 3.2)
-    for label, points in curves.items():
-        axis.plot(*zip(*sorted(points)), marker="o", label=label)
+    noisy = {name: summary for name, summary in report.items() if "noise" in summary}
+    for curve in dict.fromkeys(name.rsplit(" ", 2)[0] for name in noisy):
+        points = [(summary["snr"], 100 * summary["cer"]) for name, summary in noisy.items()
+                  if name.rsplit(" ", 2)[0] == curve]
+        axis.plot(*zip(*points), marker="o", label=curve)
     axis.set(xlabel="signal-to-noise ratio, dB", ylabel="CER %", ylim=(0, 105))
     axis.legend()
-    fig.savefig(path, dpi=80)
+    fig.savefig(path)
 
 
 def plot_bars(values: dict[str, dict[str, float]], path: Path) -> None:
@@ -504,7 +499,7 @@ def plot_bars(values: dict[str, dict[str, float]], path: Path) -> None:
     axis.set_xticks(np.arange(len(shares)), shares.keys(), fontsize=7)
     axis.set(ylabel="%")
     axis.legend()
-    fig.savefig(path, dpi=80)
+    fig.savefig(path)
 
 
 # -------------------------------------------------------------------------------------------- main

@@ -293,10 +293,10 @@ def with_copies(utterances: list[Utterance], args: Namespace) -> list[Utterance]
 def tokenize(args: Namespace) -> None:
     device, rank, world = start_processes(args.device)
     out = Path(args.out)
-    roles, places = find_subsets(args.corpus, train=args.train, dev=args.dev, test=args.test)
+    corpus = find_subsets(args.corpus, train=args.train, dev=args.dev, test=args.test)
     front_end = FrontEnd(args.features, args.codec, args.hop, str(device))
     from_here = os.path.relpath(args.codec, out)        # so that the folders can move together
-    meta = front_end.meta | roles | {
+    meta = front_end.meta | {role: list(subsets) for role, subsets in corpus.items()} | {
         "codec_path": args.codec if args.codec == "encodec" else from_here,
         "corpus": [str(Path(name).resolve()) if os.path.isdir(name) else name
                    for name in args.corpus],
@@ -308,38 +308,33 @@ def tokenize(args: Namespace) -> None:
         if args.features == "tokens":
             save_array(out / "codebooks.npy", front_end.quantizer.codebooks().cpu().numpy())
 
-    for subset, folders in places.items():
-        utterances, skipped = read_subset(folders, subset)
+    for role, subset in [(role, subset) for role in corpus for subset in corpus[role]]:
+        utterances, skipped = read_subset(corpus[role][subset], subset)
         noise = None
-        if subset in roles["train"]:
+        if role == "train":
             if args.noise:
                 noise = Noise(args.noise, args.snr, utterances, args.seed)
             utterances = with_copies(utterances, args)
-        unreadable = encode(front_end, utterances[rank::world], noise, out / subset, args.workers)
-        everyone = [unreadable]
+        encode(front_end, utterances[rank::world], noise, out / subset, args.workers)
         if world > 1:
-            everyone = [None] * world
-            dist.all_gather_object(everyone, unreadable)
+            dist.barrier()
         if rank == 0:
-            skipped += [problem for problems in everyone for problem in problems]
-            write_rows(out, subset, utterances, skipped)
+            write_rows(out, subset, utterances, skipped, front_end.meta)
     if rank == 0:
         print(f"wrote {out}; next: python train_asr.py --tokens {out}")
 
 
 def encode(front_end: FrontEnd, utterances: list[Utterance], noise: Noise | None, folder: Path,
-           workers: int) -> list[str]:
-    """Write folder/<id>.npy for each utterance without one -> messages on unreadable audio."""
+           workers: int) -> None:
+    """Write folder/<id>.npy for each utterance without one, and say what cannot be read."""
     folder.mkdir(parents=True, exist_ok=True)
     todo = [item for item in utterances if not (folder / f"{item.id}.npy").exists()]
     loader = DataLoader(Recordings(todo, noise), batch_size=None, num_workers=workers)
-    skipped = []
     for item, wav in zip(todo, tqdm(loader, folder.name, disable=None if todo else True)):
         if isinstance(wav, str):
-            skipped.append(wav)
+            tqdm.write(f"skipped: {wav}")
         else:
             save_array(folder / f"{item.id}.npy", front_end(wav))
-    return skipped
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
@@ -348,21 +343,22 @@ def save_array(path: Path, array: np.ndarray) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def write_rows(out: Path, subset: str, utterances: list[Utterance], skipped: list[str]) -> None:
+def write_rows(out: Path, subset: str, utterances: list[Utterance], skipped: list[str],
+               meta: dict) -> None:
     """Write <subset>.jsonl and <subset>.skipped.txt, and say what is in them."""
     lines, seconds = [], 0.0
     for item in utterances:
         array = out / subset / f"{item.id}.npy"
         if not array.exists():
+            skipped.append(f"{item.audio}: cannot be read as audio")
             continue
         frames = len(np.load(array, mmap_mode="r"))
-        row = {"id": item.id, "text": item.text, "lang": item.lang, "speaker": item.speaker,
-               "duration": round(item.duration, 3), "frames": frames,
-               "audio": str(item.audio.resolve()), "array": f"{subset}/{array.name}"}
-        if item.copy_of:
-            row |= {"copy_of": item.copy_of, "noisy": item.noisy}
+        # The header of a damaged file may promise a length that it does not have.
+        duration = min(item.duration, frames * meta["hop"] / meta["sample_rate"])
+        row = item._asdict() | {"audio": str(item.audio.resolve()), "duration": round(duration, 3),
+                                "frames": frames, "array": f"{subset}/{array.name}"}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-        seconds += item.duration
+        seconds += duration
     write_atomically(out / f"{subset}.skipped.txt", "".join(f"{s}\n" for s in skipped).encode())
     print(f"{subset}: {len(lines)} utterances, {seconds / 3600:.2f} hours")
     if skipped:

@@ -117,7 +117,7 @@ class TokenSet:
                 raise ValueError(f"{path}: no such file; run tokenize_corpus.py to its end")
             for line in path.read_text("utf-8").splitlines():
                 row = json.loads(line)
-                if copies or "copy_of" not in row:
+                if copies or not row["copy_of"]:
                     array = np.load(Path(folder) / row["array"], allow_pickle=False)
                     self.rows.append(row | {"subset": subset})
                     self.arrays.append(torch.from_numpy(array[:, :codebooks or None]))
@@ -171,9 +171,9 @@ class TrainSet(TokenSet):
             elif row["duration"] > LONGEST:
                 long.append(row["id"])
             else:               # utterance -> the numbers of its clean and of its noisy variants
-                original = row["subset"], row.get("copy_of") or row["id"]
+                original = row["subset"], row["copy_of"] or row["id"]
                 clean_noisy = self.variants.setdefault(original, ([], []))
-                clean_noisy[row.get("noisy", False)].append(i)
+                clean_noisy[row["noisy"]].append(i)
         self.notes = (f"dropped: {len(short)} utterances too short for their transcripts at this "
                       f"frame rate {short[:3]}, {len(long)} longer than {LONGEST:g} s {long[:3]}, "
                       f"{unknown} characters that are no text units")
@@ -392,9 +392,10 @@ def rehearse(model: CodecASR, data: TrainSet, device, dtype) -> str:
     square @ square
     times = [time.perf_counter()]
     ctc_loss(model, data, group, device, dtype).backward()
-    for result in (model.project.bias.grad, square @ square):
-        result.sum().item()                         # waits for a GPU
-        times.append(time.perf_counter())
+    model.project.bias.grad.sum().item()            # waits for a GPU
+    times.append(time.perf_counter())
+    (square @ square).sum().item()
+    times.append(time.perf_counter())
     model.zero_grad()
     step, product = np.diff(times)
     speed = sum(data.rows[i]["duration"] for i in group) / step
