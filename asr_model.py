@@ -1,6 +1,6 @@
 """The recogniser: a CTC Conformer that reads codec tokens.
 
-in   tokens (B, T, Q), token_len (B,)       or features (B, T, D), such as log-mel, for the baselines
+in   tokens (B, T, Q), token_len (B,)       or features (B, T, D), such as log-mel, as a baseline
 out  log_probs (B, T', V), out_len (B,)     index 0 is the CTC blank
 
 The embedding is where the paper's idea lives: Q tables that start as the codec's codebooks, whose
@@ -73,7 +73,7 @@ class Augment:
     def hide(self, emb: Tensor, token_len: Tensor) -> Tensor:
         """Noise and masks on the normalised embedding (B, T, D), whose mean is 0, deviation 1."""
         _, steps, width = emb.shape
-        uniform = 2 * torch.rand_like(emb) - 1                                      # deviation 3^-0.5
+        uniform = 2 * torch.rand_like(emb) - 1                                  # deviation 3^-0.5
         emb = emb + 3 ** 0.5 * self.noisy_embedding * self.strength * uniform
         hidden = self.spans(steps, token_len, self.time_masks, 0.05).any(1)         # (B, T)
         emb = emb.masked_fill(hidden[:, :, None], 0.0)
@@ -131,8 +131,8 @@ class Attention(nn.Module):
 
     def forward(self, y: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """y (B, T, C), mask (B, 1, 1, T) -> (B, T, C)."""
-        qkv = self.qkv(self.norm(y)).unflatten(2, (3, self.heads, -1))              # (B, T, 3, H, C / H)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                        # (B, H, T, C / H)
+        qkv = self.qkv(self.norm(y)).unflatten(2, (3, self.heads, -1))          # (B, T, 3, H, C/H)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                        # (B, H, T, C/H)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)                             # float32
         with torch.autocast("cpu", enabled=False):      # on a CPU, attention is slower in bfloat16
             heads = F.scaled_dot_product_attention(q, k, v.float(), attn_mask=mask)
@@ -195,7 +195,7 @@ class CodecASR(nn.Module):
     def __init__(self, vocab_size: int, num_codebooks: int = 8, codebook_size: int = 1000,
                  dim: int = 32, aggregate: str = "sum", size: str = "small", subsampling: int = 1,
                  dropout: float = 0.1):
-        """num_codebooks 0: the input is features (B, T, dim), not tokens. subsampling: 1, 2 or 4."""
+        """num_codebooks 0: the input is features (B, T, dim). subsampling: 1, 2 or 4."""
         super().__init__()
         width, layers, heads, kernel = SIZES[size].values()
         self.num_codebooks, self.head_dim, self.augment = num_codebooks, width // heads, Augment()
@@ -245,7 +245,7 @@ class CodecASR(nn.Module):
         return self.augment.hide(emb, token_len) if self.training else emb
 
     def forward(self, tokens: Tensor, token_len: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens (B, T, Q) or features (B, T, D), token_len (B,) -> log_probs (B, T', V), out_len."""
+        """tokens (B, T, Q) or features (B, T, D), token_len (B,) -> log_probs, out_len (B,)."""
         y, out_len = self.project(self.embed(tokens, token_len)), token_len         # (B, T, C)
         for layer in self.subsample:
             y = y * real_steps(y.shape[1], out_len)[:, :, None]

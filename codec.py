@@ -9,8 +9,8 @@ out  runs/codec/codec.pt        weights and configuration; training resumes from
     python codec.py --corpus mini-librispeech --steps 6000        # real speech
     python codec.py --reconstruct in.wav out.wav                  # hear what the tokens keep
 
-wav (B, S) -> encoder -> latent (B, D, T) -> quantizer -> tokens (B, Q, T) -> latent -> decoder -> wav
-Legend: B utterances, S samples, T token frames, D latent size, Q codebooks, C channels, M mel bands.
+wav (B, S) -> encoder -> latent (B, D, T) -> quantizer -> tokens (B, Q, T) -> decoder -> wav (B, S)
+Legend: B utterances, S samples, T token frames, D latent size, Q codebooks, C channels, M bands.
 
 Dhawan et al., arXiv 2407.03495, section 2. The mel encoder and the losses follow NVIDIA's published
 recipes (NeMo audio_codec_16000 and mel_codec). The decoder is Vocos (arXiv 2306.00814) instead of
@@ -80,7 +80,7 @@ class Residual(nn.Module):
 
 
 class LogMel(nn.Module):
-    """wav (B, S) -> natural log of mel energies (B, M, S / hop), each frame centred on its start."""
+    """wav (B, S) -> log of mel energies (B, M, S / hop), each frame centred on its start."""
 
     def __init__(self, n_fft: int, hop: int, n_mels: int):
         super().__init__()
@@ -225,7 +225,7 @@ class Codec(nn.Module):
 
     def __init__(self, encoder: str = "mel", quantizer: str = "fsq", strides=(2, 4, 5, 10),
                  codebooks: int = 8, codebook_size: int = 1024, size: str = "tiny"):
-        """encoder "mel" or "time"; quantizer "rvq" or "fsq", whose codebook size is fixed at 1000."""
+        """encoder "mel" or "time"; quantizer "rvq" or "fsq", which always has 1000 codes."""
         super().__init__()
         self.config = dict(encoder=encoder, quantizer=quantizer, strides=list(strides),
                            codebooks=codebooks, codebook_size=codebook_size, size=size)
@@ -598,7 +598,7 @@ def reconstruct(args: Namespace) -> None:
     try:
         sf.write(part, made.numpy(), SAMPLE_RATE)
     except (sf.LibsndfileError, TypeError):
-        raise ValueError(f"{target}: cannot be written as audio; try a name ending in .wav or .flac")
+        raise ValueError(f"{target}: not a name of audio; try one ending in .wav or .flac")
     os.replace(part, target)
     print(f"{source}: {len(wav) / SAMPLE_RATE:.1f} s -> {tokens.numel()} tokens, "
           f"{codec.bitrate / 1000:.1f} kbit/s -> {target}")
@@ -718,7 +718,7 @@ def find_subsets(corpora: list[str], **asked: list[str]) -> dict[str, dict[str, 
         if dist.is_initialized():
             dist.barrier()              # the other processes wait until the corpus is there
         if not folders[-1].is_dir():
-            raise ValueError(f"--corpus {corpus}: no such folder; known names: {', '.join(CORPORA)}")
+            raise ValueError(f"--corpus {corpus}: no such folder, and none of {', '.join(CORPORA)}")
     found = {role: {} for role in asked}
     for role, names in wanted.items():
         for name in names:
@@ -741,7 +741,7 @@ def find_audio(folder: Path, subset: str) -> list[Path]:
     lists = sorted(folder.glob(f"*/*/transcript_{subset}.txt"))
     if lists:
         return [path.parent / "wav" / f"{line.split()[0]}.wav" for path in lists
-                for line in path.read_text("utf-8").splitlines()]
+                for line in path.read_text("utf-8").splitlines() if line.strip()]
     return sorted(path for path in (folder / subset).rglob("*") if path.suffix.lower() in AUDIO)
 
 
@@ -770,7 +770,8 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     add = parser.add_argument
     add("--corpus", nargs="+", default=["synthetic"],
         help="synthetic, mini-librispeech, librispeech, or folders, read as one corpus")
-    add("--train", nargs="+", default=[], help="subsets to train on; a folder of audio in --corpus will do")
+    add("--train", nargs="+", default=[],
+        help="subsets to train on; any folder of audio in --corpus will do")
     add("--dev", nargs="+", default=[], help="subsets to report on")
     add("--encoder", choices=("time", "mel"), default="mel",
         help="what the encoder sees: the waveform, or its log-mel spectrogram")
@@ -816,7 +817,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
 
 
-# ---------------------------------------------------- appendix, can be skipped: downloads, LibriSpeech
+# -------------------------------------------------- appendix, can be skipped: LibriSpeech downloads
 
 OPENSLR = "https://www.openslr.org/resources"
 MD5 = {     # published at OPENSLR/31 (the first two) and OPENSLR/12

@@ -103,21 +103,21 @@ def beam_search(text: Text, args: Namespace):
         raise ValueError("--lm: the beam search needs pip install flashlight-text")
     pieces = [text.units.id_to_piece(i) for i in range(len(text))]
     opened = gzip.open if args.lm.endswith(".gz") else open
-    try:
-        with opened(args.lm, "rt", encoding="utf-8") as arpa:
-            unigrams = itertools.takewhile(lambda line: not line.startswith("\\2-grams"), arpa)
-            words = [line.split()[1] for line in unigrams if line.count("\t")]
-        with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as lexicon:
-            for word in words:
-                if word[0] != "<" and 0 not in text.encode(word):
-                    print(word, *text.units.encode(word, out_type=str), file=lexicon)
-            lexicon.flush()
+    with opened(args.lm, "rt", encoding="utf-8", errors="replace") as arpa:
+        unigrams = itertools.takewhile(lambda line: not line.startswith("\\2-grams"), arpa)
+        words = [line.split()[1] for line in unigrams if "\t" in line]
+    with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as lexicon:
+        for word in words:
+            if word[0] != "<" and 0 not in text.encode(word):
+                print(word, *text.units.encode(word, out_type=str), file=lexicon)
+        lexicon.flush()
+        try:
             decoder = ctc_decoder(
                 lexicon=lexicon.name, tokens=pieces, lm=args.lm, beam_size=args.beam,
                 lm_weight=args.lm_weight, word_score=args.word_score,
                 blank_token=pieces[0], sil_token=pieces[0], unk_word="<unk>")
-    except (RuntimeError, UnicodeDecodeError, EOFError):
-        raise ValueError(f"--lm {args.lm}: not a word language model in ARPA form")
+        except RuntimeError:
+            raise ValueError(f"--lm {args.lm}: not a word language model in ARPA form")
 
     def search(log_probs: Tensor, out_len: Tensor) -> list[str]:
         found = decoder(log_probs.float().cpu().contiguous(), out_len.cpu())
@@ -253,7 +253,7 @@ def evaluate(args: Namespace) -> None:
         data = TokenSet(tokens, [subset])
         score = recogniser.score(data.rows, data.arrays)
         report[subset] = score.summary(args.seed)
-        page += f"\n{subset}\n" + remarks(recogniser, score, report[subset])
+        page += f"\n{subset}\n" + remarks(score, report[subset])
         for kind in args.noise:
             for snr in args.snr or [20.0, 10.0, 0.0]:
                 arrays = degrade(front_end, data, kind, snr, args.seed)
@@ -272,16 +272,14 @@ def evaluate(args: Namespace) -> None:
             plot_bars({"CER": report[subset]["cer_by_language"]}, out / "languages.png")
 
 
-def remarks(recogniser: Recogniser, score: Score, summary: dict) -> str:
-    """Unknown characters, languages, and five examples."""
+def remarks(score: Score, summary: dict) -> str:
+    """Languages, and five examples."""
     page = ""
-    unknown = [ref for ref in score.refs if 0 in recogniser.text.encode(ref)]
-    if unknown:
-        page += f"{len(unknown)} transcripts have characters that training never showed\n"
     if "cer_by_language" in summary:
         cers = summary["cer_by_language"]
+        cers = cers | {"mean": np.mean([*cers.values()])}
         rows = [[lang, f"{100 * cer:.1f}"] for lang, cer in cers.items()]
-        page += table(["language", "CER %"], rows + [["mean", f"{100 * np.mean([*cers.values()]):.1f}"]])
+        page = table(["language", "CER %"], rows)
     if "languages_named_right" in summary:
         page += f"languages named right: {summary['languages_named_right']:.1%}\n"
     for i in range(0, len(score.refs), -(-len(score.refs) // 5)):
@@ -307,7 +305,8 @@ def compare(args: Namespace) -> None:
         check_same_tokens(run.path, meta, tokens, read_meta(tokens))
         used = (run.flags["codebooks"] or meta["codebooks"]) / max(1, meta["codebooks"])
         log = (Path(folder) / "log.jsonl").read_text().splitlines()
-        report[folder] = {"flags": run.flags, "meta": meta, "bitrate": used * (meta["bitrate"] or 0),
+        bitrate = used * (meta["bitrate"] or 0)
+        report[folder] = {"flags": run.flags, "meta": meta, "bitrate": bitrate,
                           "log": [json.loads(line) for line in log], "test": {}}
         for subset in subsets:
             data = TokenSet(tokens, [subset])
@@ -365,7 +364,7 @@ def content(args: Namespace) -> None:
             bits = mutual_information(codes, right) - mutual_information(codes, wrong)
             shares[name][str(level)] = bits / mutual_information(right, right)
             rows[-1] += [f"{bits:.2f}", f"{shares[name][str(level)]:.0%}"]
-    header = ["codebook", "character, bits", "of what there is", "speaker, bits", "of what there is"]
+    header = ["codebook", "character, bits", "share", "speaker, bits", "share"]
     page = table(header, rows) + "\nLower bounds: what chance gives is subtracted.\n"
     out = save_report(args, "content", {"asr": args.asr, "shares": shares, "rows": rows}, page)
     if args.plots:
@@ -533,7 +532,7 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     if args.lm and not Path(args.lm).is_file():
         parser.error(f"--lm {args.lm}: no such file")
     if sum(map(bool, (args.audio, args.compare, args.content, args.benchmark, args.noise))) > 1:
-        parser.error("--audio, --compare, --content, --benchmark and --noise are separate questions")
+        parser.error("--audio, --compare, --content, --benchmark and --noise: one at a time")
     return args
 
 

@@ -1,4 +1,4 @@
-"""The two quantizers: residual vector quantization (RVQ) and grouped finite scalar quantization (FSQ).
+"""The two quantizers: residual vector quantization (RVQ), grouped finite scalar quantization (FSQ).
 
 in   latent (B, D, T)     the encoder's description of each frame
 out  tokens (B, Q, T)     Q integers a frame, and the quantised latent that they stand for
@@ -216,7 +216,7 @@ class GroupFSQ(nn.Module):
     def forward(self, latent: Tensor) -> Quantized:
         """latent (B, D, T) -> Quantized."""
         soft = self.digits(latent)                                          # (B, T, Q, d)
-        hard = soft + (soft.round() - soft).detach()        # straight-through: tanh's gradient stays
+        hard = soft + (soft.round() - soft).detach()        # straight-through, with tanh's gradient
         tokens = self.index(soft.detach())
         return Quantized(self.values(hard), tokens, 3.0 * redundancy(latent.float()))
 

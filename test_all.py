@@ -2,9 +2,9 @@
 
     python test_all.py                  # all, about a minute on two CPU cores
     python test_all.py noise resume     # those with one of these words in their names
-    pytest test_all.py                  # the same with pytest
 
-The last line counts: "N passed, M failed". All files go into a temporary folder.
+pytest runs them, too. The last line counts: "N passed, M failed".
+All files go into a temporary folder.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ from tokenize_corpus import Noise, Utterance
 from train_asr import Text, TokenSet, TrainSet
 
 SCRATCH = tempfile.TemporaryDirectory()     # removed when Python ends
-CPU = torch.device("cpu")
+EVALUATE = evaluate.parse(["--device", "cpu"])
 FOUR = list(product(("mel", "time"), ("fsq", "rvq")))
 torch.set_num_threads(1)                    # the models are so small that threads slow them down
 
@@ -94,10 +94,9 @@ def write(path: Path, samples, rate=16_000, **more) -> Path:
     return path
 
 
-def write_manifest(folder: Path, *rows: dict) -> Path:
-    rows = [json.dumps({"text": "HELLO"} | row) for row in rows]
-    (folder / "train.jsonl").write_text("\n".join(rows))
-    return folder
+def write_manifest(folder: Path, *rows: dict) -> None:
+    lines = [json.dumps({"text": "HELLO"} | row) for row in rows]
+    (folder / "train.jsonl").write_text("\n".join(lines))
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -110,14 +109,15 @@ def same_weights(one: Path, other: Path, name="model") -> bool:
 
 
 CODEC = ["--steps", 5, "--batch", 2, "--crop", 0.5, "--codebooks", 4]
-PLAIN = ["--time-masks", 0, "--codebook-masks", 0, "--feature-masks", 0, "--dropout", 0]
+READING = ["--epochs", 8, "--batch", 3, "--lr", 0.004, "--dropout", 0,
+           "--time-masks", 0, "--codebook-masks", 0, "--feature-masks", 0]
 
 
 @cache
 def corpus() -> Path:
     """Synthetic speech in LibriSpeech's layout: 8, 3 and 3 utterances."""
     folder = new_folder()
-    with mock.patch.dict(codec.UTTERANCES, train=8, dev=3, test=3), redirect_stderr(io.StringIO()):
+    with mock.patch.dict(codec.UTTERANCES, train=8, dev=3, test=3):
         codec.make_synthetic(folder)
     return folder
 
@@ -182,20 +182,14 @@ def letters() -> Path:
 def letter_asr() -> Path:
     """A recogniser that has learnt to read letters()."""
     out = new_folder()
-    run(train_asr, "--tokens", letters(), "--epochs", 8, "--batch", 3, "--lr", 0.004, *PLAIN,
-        "--out", out)
+    run(train_asr, "--tokens", letters(), *READING, "--out", out)
     return out / "asr.pt"
-
-
-def load_asr(path: Path) -> Recogniser:
-    return Recogniser(path, evaluate.parse(["--device", "cpu"]))
 
 
 # -------------------------------------------------------------------------------------- quantizers
 
 def make_latent(batch=4, time=60) -> torch.Tensor:
-    """Dimensions of unequal strength, (B, 16, T)."""
-    return noise(batch, 16, time) * torch.linspace(2, 0.2, 16)[:, None]
+    return noise(batch, 16, time) * torch.linspace(2, 0.2, 16)[:, None]         # (B, D, T)
 
 
 def make_rvq(dim=16, codebooks=4, size=16) -> ResidualVQ:
@@ -207,7 +201,6 @@ def make_rvq(dim=16, codebooks=4, size=16) -> ResidualVQ:
 def test_quantised_latent_is_the_sum_of_codebook_rows():
     for quantizer in (make_rvq(), GroupFSQ(4)):
         result, books = quantizer(make_latent()), quantizer.codebooks()
-        assert books.shape == (4, quantizer.codebook_size, 16)
         rows = sum(book[index] for book, index in zip(books, result.tokens.unbind(1)))
         close(rows.transpose(1, 2), result.latent)
         assert torch.equal(quantizer.encode(make_latent()), result.tokens)
@@ -215,7 +208,10 @@ def test_quantised_latent_is_the_sum_of_codebook_rows():
 
 
 def test_fsq_reaches_all_codes_and_rounds_to_the_nearest():
-    assert torch.equal(GroupFSQ(1).encode(noise(1, 4, 100_000)).unique(), torch.arange(1000))
+    tokens = GroupFSQ(1).encode(noise(1, 4, 100_000)).unique()
+    assert torch.equal(tokens, torch.arange(1000))
+    usage, perplexity = usage_and_perplexity(tokens[None, None, :500], 1000)
+    assert usage == 0.5 and abs(perplexity - 500) < 0.1         # half of the codes, all alike
     error = GroupFSQ(4)(make_latent()).latent - make_latent().tanh()
     five_levels = [d for d in range(16) if d % 4]               # at -1, -1/2, 0, 1/2, 1
     assert error[:, five_levels].abs().max() < 0.252
@@ -225,7 +221,6 @@ def test_fsq_computes_in_float32_under_bfloat16_autocast():
     quantizer, rough = GroupFSQ(4), make_latent(time=500).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         result, tokens = quantizer(rough), quantizer.encode(rough)
-    assert result.latent.dtype == torch.float32
     for found in (tokens, result.tokens):
         assert torch.equal(found, quantizer.encode(rough.float()))
 
@@ -275,13 +270,6 @@ def test_random_depth_leaves_each_utterance_its_first_codebooks():
     assert depths == {0, 1, 2, 3}
 
 
-def test_perplexity_counts_codes_that_are_used_alike():
-    tokens = torch.tensor([[0, 1, 2, 3], [5, 5, 5, 5]]).repeat(1, 6)[None]      # (1, 2, 24)
-    usage, perplexity = usage_and_perplexity(tokens, 16)
-    close(usage, torch.tensor([4 / 16, 1 / 16]))
-    close(perplexity, torch.tensor([4.0, 1.0]))
-
-
 # ------------------------------------------------------------------------------------------- codec
 
 def test_tokens_are_ceil_of_samples_over_hop_and_decode_to_as_many_hops():
@@ -316,15 +304,15 @@ def test_fingerprint_survives_half_precision_and_changes_with_the_encoder():
 
 
 def test_codec_learns_and_resumes_as_if_uninterrupted():
-    flags = ["--corpus", corpus(), "--quantizer", "rvq", "--codebooks", 2, "--codebook-size", 16,
-             "--steps", 105, "--batch", 1, "--crop", 0.1]
-    whole, cut = new_folder(), new_folder()
+    whole, cut = new_folder(), new_folder()             # on a plain folder of audio
+    flags = ["--corpus", corpus() / "train", "--train", "100", "--quantizer", "rvq",
+             "--codebooks", 2, "--codebook-size", 16, "--steps", 105, "--batch", 1, "--crop", 0.1]
     run(codec, *flags, "--out", whole)
     with full_disk(codec, "save", after=1):
         refused("disk full", codec, *flags, "--out", cut)
     assert "step 100 of 105" in run(codec, *flags, "--out", cut)
     assert same_weights(whole / "codec.pt", cut / "codec.pt")
-    early, late = read_rows(whole / "log.jsonl")                # of 100 steps, and of five
+    early, late = read_rows(whole / "log.jsonl")        # of 100 steps, and of five
     assert late["mel"] < 0.9 * early["mel"]
 
 
@@ -342,26 +330,13 @@ def test_adversarial_training_of_a_finished_codec_changes_its_decoder_alone():
     before, after = Codec.load(small_codec()), Codec.load(out / "codec.pt")
     assert before.fingerprint == after.fingerprint
     assert not torch.equal(before.decoder.head[1].weight, after.decoder.head[1].weight)
-    assert read_rows(out / "log.jsonl")[-1]["adversarial"] > 0
 
 
 def test_reconstruction_is_as_long_as_the_original():
-    home = new_folder()
-    flags = ["--out", small_codec().parent, "--reconstruct"]
-    source = write(home / "in.wav", 0.1 * noise(12_345))
-    run(codec, *flags, source, home / "out.flac")
-    assert sf.info(home / "out.flac").frames == 12_345
-    refused("ending in .wav", codec, *flags, source, home / "out.xyz")
-    assert len(list(home.iterdir())) == 2
-
-
-def test_codec_trains_on_a_folder_of_audio_and_names_what_it_cannot_read():
-    home = new_folder()
-    write(home / "audio" / "deep" / "good.ogg", 0.1 * noise(16_000))
-    (home / "audio" / "bad.wav").write_text("no audio")
-    printed = run(codec, "--corpus", home, "--train", "audio", *CODEC, "--out", home / "run")
-    assert [line.count("bad.wav") for line in printed.splitlines() if "skipped: " in line] == [2]
-    assert Codec.load(home / "run" / "codec.pt").hop == 400
+    source = write(new_folder() / "in.wav", 0.1 * noise(12_345))
+    made = source.with_name("out.flac")
+    run(codec, "--out", small_codec().parent, "--reconstruct", source, made)
+    assert sf.info(made).frames == 12_345
 
 
 # ------------------------------------------------------------------------------- audio and corpora
@@ -369,15 +344,14 @@ def test_codec_trains_on_a_folder_of_audio_and_names_what_it_cannot_read():
 def test_any_rate_format_and_channel_count_becomes_16_khz_mono():
     def tone(rate):
         return np.float32(0.5 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate))
+    home = new_folder()
     for name, subtype, rate, channels in (
             ("a.wav", "PCM_U8", 8000, 1), ("b.wav", "PCM_16", 44_100, 2),
             ("c.flac", "PCM_24", 48_000, 8), ("d.ogg", "VORBIS", 22_050, 1)):
-        path = new_folder() / name
-        wav = read_audio(write(path, np.stack([tone(rate)] * channels, 1), rate, subtype=subtype))
-        close(wav[500:-500], torch.from_numpy(tone(16_000))[500:-500], 0.03)
-    path = write(new_folder() / "a.wav", [[0.5, 0.25]], subtype="FLOAT")
-    assert read_audio(path).tolist() == [0.375]
-    path = write(new_folder() / "a.wav", np.arange(16_000) / 20_000, subtype="FLOAT")
+        write(home / name, np.stack([tone(rate)] * channels, 1), rate, subtype=subtype)
+        close(read_audio(home / name)[500:-500], torch.tensor(tone(16_000))[500:-500], 0.03)
+    assert read_audio(write(home / "e.wav", [[0.5, 0.25]], subtype="FLOAT")).tolist() == [0.375]
+    path = write(home / "f.wav", np.arange(16_000) / 20_000, subtype="FLOAT")
     assert torch.equal(read_audio(path, seconds=0.25, at=0.5), read_audio(path)[6000:10_000])
 
 
@@ -385,29 +359,22 @@ def test_any_rate_format_and_channel_count_becomes_16_khz_mono():
 def damaged_files() -> list[Path]:
     """Files that look like audio and are none, beside good.wav and good.flac."""
     home = new_folder()
-    wav, flac = (write(home / f"good.{ending}", 0.1 * noise(40_000)).read_bytes()
-                 for ending in ("wav", "flac"))
+    wav = write(home / "good.wav", 0.1 * noise(40_000)).read_bytes()
+    flac = write(home / "good.flac", 0.1 * noise(40_000)).read_bytes()
     for name, data in (("half.wav", wav[:40_000]), ("half.flac", flac[:30_000]), ("empty.wav", b""),
                        ("header.wav", wav[:40]), ("text.wav", b"words"), ("zeros.ogg", bytes(5000)),
                        ("wrong.flac", flac[:3000] + bytes(3000) + flac[6000:])):
         (home / name).write_bytes(data)
-    (home / "folder.wav").mkdir()
     for name, samples, rate in (("nan.wav", [0.1, math.nan], 16_000), ("none.wav", [], 16_000),
                                 ("loud.wav", [0.1, 3e8], 16_000), ("rate.wav", [0.1], 48_001)):
         write(home / name, samples, rate, subtype="FLOAT")
-    return [path for path in home.iterdir() if path.stem != "good"] + [home / "missing.wav"]
-
-
-def test_damaged_audio_is_refused_in_one_line():
-    for path in damaged_files():
-        refused(path.name, read_audio, path)
+    return [path for path in home.iterdir() if path.stem != "good"] + [home, home / "missing.wav"]
 
 
 def test_no_voice_and_no_sentence_is_in_two_subsets():
     home, few, owner = new_folder(), {name: codec.LEXICON[name] for name in ("MAN", "TEN")}, {}
     with (mock.patch.object(codec, "LEXICON", few),     # chance alone would repeat sentences
-          mock.patch.dict(codec.UTTERANCES, train=25, dev=8, test=8),
-          redirect_stderr(io.StringIO())):
+          mock.patch.dict(codec.UTTERANCES, train=25, dev=8, test=8)):
         codec.make_synthetic(home)
     for path in home.rglob("*.trans.txt"):
         subset, speaker = path.relative_to(home).parts[:2]
@@ -415,11 +382,6 @@ def test_no_voice_and_no_sentence_is_in_two_subsets():
             for name in (speaker, line.split(" ", 1)[1]):
                 assert owner.setdefault(name, subset) == subset
     assert set(owner.values()) == {"train", "dev", "test"}
-
-
-class Server(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
 
 
 def download(home: Path, *names: str, md5: str = "") -> None:
@@ -430,21 +392,19 @@ def download(home: Path, *names: str, md5: str = "") -> None:
         for name in ("LibriSpeech/train-clean-5/1/1/1-1-0000.flac", *names):
             tar.addfile(tarfile.TarInfo(name), io.BytesIO())
     md5 = md5 or hashlib.md5(archive.read_bytes()).hexdigest()
-    with http.server.HTTPServer(("127.0.0.1", 0), partial(Server, directory=home)) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        with (mock.patch.object(codec, "OPENSLR", f"http://127.0.0.1:{server.server_port}"),
-              mock.patch.dict(codec.MD5, {"train-clean-5": md5}),
-              redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO())):
-            try:
-                codec.fetch_librispeech(home / "data", "train-clean-5")
-            finally:
-                server.shutdown()
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=home)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    with (mock.patch.multiple(codec, OPENSLR=url, MD5={"train-clean-5": md5}),
+          redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO())):
+        codec.fetch_librispeech(home / "data", "train-clean-5")
 
 
 def test_download_is_checked_and_unpacked_inside_its_folder():
     home = new_folder()
     refused("checksum", partial(download, home, md5="0" * 32))
-    assert not list((home / "data").rglob("*.*"))
+    assert not [path for path in (home / "data").rglob("*") if path.is_file()]
     download(home)
     assert [path.name for path in (home / "data").rglob("*.*")] == ["1-1-0000.flac"]
     try:
@@ -456,12 +416,12 @@ def test_download_is_checked_and_unpacked_inside_its_folder():
 
 def test_three_layouts_are_read_as_one_corpus():
     home = new_folder()
-    chapter, superb = home / "libri" / "train" / "7" / "1", home / "superb" / "x" / "deu"
-    for path in (chapter / "7-1-0.wav", chapter / "7-1-1.wav", chapter / "7-1-2.wav",
+    libri, superb = home / "libri" / "train" / "7" / "1", home / "superb" / "x" / "deu"
+    for path in (libri / "7-1-0.wav", libri / "7-1-1.wav", libri / "7-1-2.wav",
                  superb / "wav" / "b.wav", home / "rows" / "c.wav"):
         write(path, 0.1 * noise(4000))
-    lines = "\ufeff7-1-0 HELLO  THERE\r\n7-1-1\r\n7-1-9 LOST\r\n"
-    (chapter / "7-1.trans.txt").write_bytes(lines.encode())
+    transcripts = b"\xef\xbb\xbf7-1-0 HELLO  THERE\r\n7-1-1\r\n7-1-9 LOST\r\n"
+    (libri / "7-1.trans.txt").write_bytes(transcripts)
     (superb / "transcript_train.txt").write_text("b 0.2 GUTEN TAG\n../b 0.2 RAUS\n\nkurz\n")
     good = {"audio_filepath": "c.wav", "text": "GRÜN", "lang": "de", "speaker": "anna"}
     bad = [{"speaker": "NO PATH"}, good | {"text": 7}, good | {"offset": 1.0, "duration": 0.1}]
@@ -469,11 +429,11 @@ def test_three_layouts_are_read_as_one_corpus():
     run(tokenize_corpus, "--corpus", home / "libri", home / "superb", home / "rows",
         "--features", "mel", "--workers", 0, "--out", home / "out")
     rows = read_rows(home / "out" / "train.jsonl")
-    assert [tuple(row[name] for name in ("id", "text", "lang", "speaker")) for row in rows] == [
+    assert [(row["id"], row["text"], row["lang"], row["speaker"]) for row in rows] == [
         ("7-1-0", "HELLO THERE", "", "7"), ("b", "GUTEN TAG", "deu", ""),
         ("c", "GRÜN", "de", "anna")]
-    skipped = (home / "out" / "train.skipped.txt").read_text()
-    assert len(skipped.splitlines()) == 3 + 2 + 3, skipped
+    skipped = (home / "out" / "train.skipped.txt").read_text().splitlines()
+    assert len(skipped) == 3 + 2 + 3, skipped
 
 
 def test_manifest_cannot_lead_out_of_the_output():
@@ -497,12 +457,11 @@ def test_token_folder_holds_what_the_recogniser_needs():
     assert books.dtype == np.float32 and np.array_equal(books, model.quantizer.codebooks())
     for subset, size in (("train", 8), ("dev", 3), ("test", 3)):
         rows = read_rows(small_tokens() / f"{subset}.jsonl")
-        assert len(rows) == size and list(meta[subset]) == [subset]
+        assert len(rows) == size and subset in meta[subset]
         for row in rows:
             wav, array = read_audio(row["audio"]), np.load(small_tokens() / row["array"])
             assert array.dtype == np.int16 and np.array_equal(array.T, model.encode(wav[None])[0])
             assert row["frames"] == len(array) and row["duration"] == round(len(wav) / 16_000, 3)
-            assert row["text"] and row["speaker"] in row["id"] and row["lang"] == ""
 
 
 @cache
@@ -523,25 +482,23 @@ def test_copies_are_made_of_the_training_subsets_alone():
 
 
 def add_noise(kind: str, name="a", seed=0) -> torch.Tensor:
-    """20,000 samples with noise at 7 dB."""
-    speech = [Utterance(path.stem, "", "", path.stem.split("-")[0], path)
-              for path in sorted(corpus().rglob("*.flac"))]
     item = Utterance(name, "", "", "", Path("a.wav"))
-    return Noise([kind], [7.0, 7.0], speech, seed)(0.1 * noise(20_000), item)
+    speech = [item._replace(id=path.stem, audio=path) for path in sorted(corpus().rglob("*.flac"))]
+    return Noise([kind], [7.0, 7.0], speech, seed)(0.1 * noise(20_000), item)     # at 7 dB
 
 
 def test_noise_has_the_ratio_asked_for():
     wav = 0.1 * noise(20_000)
     for kind in ("white", "pink", "babble", str(corpus() / "dev")):
-        added = add_noise(kind) - wav
-        assert abs(10 * torch.log10(wav.square().mean() / added.square().mean()) - 7) < 0.01, kind
+        ratio = wav.square().mean() / (add_noise(kind) - wav).square().mean()
+        assert abs(10 * torch.log10(ratio) - 7) < 0.01, kind
 
 
 def test_noise_follows_from_seed_and_id_alone():
     for kind in ("white", "pink", "babble"):
         assert torch.equal(add_noise(kind), add_noise(kind))
-        assert not torch.equal(add_noise(kind), add_noise(kind, seed=1))
-        assert not torch.equal(add_noise(kind), add_noise(kind, name="b"))
+        for other in (add_noise(kind, seed=1), add_noise(kind, name="b")):
+            assert not torch.equal(add_noise(kind), other)
 
 
 def test_interrupted_tokenising_continues():
@@ -563,14 +520,16 @@ def test_tokens_of_another_codec_corpus_or_noise_do_not_mix():
 
 
 def test_unreadable_audio_is_named_and_silence_gives_no_nan():
-    home, bad = damaged_files()[0].parent, damaged_files()
+    bad, home = damaged_files(), damaged_files()[0].parent
     good = [home / "good.wav", write(home / "silent.wav", np.zeros(8000))]
     write_manifest(home, *({"audio_filepath": path.name} for path in (*bad, *good)))
     out = tokenize(new_folder(), "--features", "latent", "--noise", "pink", source=home)
     rows, skipped = read_rows(out / "train.jsonl"), (out / "train.skipped.txt").read_text()
     assert [row["copy_of"] or row["id"] for row in rows] == ["good", "silent"] * 2
     assert all(np.isfinite(np.load(out / row["array"])).all() for row in rows)
-    assert all(path.name in skipped for path in bad)
+    for path in bad:
+        refused(path.name, read_audio, path)
+        assert path.name in skipped
 
 
 # -------------------------------------------------------------------------------------- recogniser
@@ -626,19 +585,14 @@ def test_masks_hide_codebooks_frames_and_bands_within_the_utterance():
     lengths, ones = torch.tensor([100] * 20 + [200] * 20), torch.ones(40, 200, 8)
     spans = Augment().spans(200, lengths, 3, 0.25)                      # (B, 3, T)
     assert (spans.sum(2) <= 0.25 * lengths[:, None] + 1).all() and not spans[:20, :, 100:].any()
-    assert spans.flatten(0, 1).any(0)[5:195].all()                      # no place is spared
     hidden = Augment(codebook_masks=1).visible(make_tokens(40, 200, 4), lengths) == 0
     assert (hidden.any(1).sum(1) <= 1).all() and 0.1 < hidden[20:].float().mean() * 4 < 0.4
     for masks, dim in ((Augment(time_masks=4), 2), (Augment(feature_masks=1), 1)):
         emb = masks.hide(ones, lengths)
         assert (emb.amax(dim) == emb.amin(dim)).all() and 0.01 < (emb == 0).float().mean() < 0.33
-
-
-def test_replaced_codes_and_embedding_noise_have_the_share_asked_for():
-    changed = Augment(replace=0.3).replace_codes(torch.zeros(4, 1000, 8).long(), 1000)
-    assert abs((changed != 0).float().mean() - 0.3) < 0.02
-    emb = Augment(noisy_embedding=0.3).hide(torch.zeros(4, 1000, 8), torch.full((4,), 1000))
-    assert abs(emb.std() - 0.3) < 0.01
+    noisy = Augment(noisy_embedding=0.3).hide(torch.zeros(40, 200, 8), lengths)
+    changed = Augment(replace=0.3).replace_codes(torch.zeros(9, 900, 8).long(), 1000) != 0
+    close(torch.stack([noisy.std(), changed.float().mean()]), torch.tensor([0.3, 0.3]), 0.02)
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -674,12 +628,11 @@ def test_recogniser_learns_to_read():
 
 
 def test_tables_start_frozen_random_or_as_the_first_codebooks():
-    books, tables = torch.from_numpy(np.load(letters() / "codebooks.npy")).flatten(0, 1), {}
+    books, tables = torch.tensor(np.load(letters() / "codebooks.npy")).flatten(0, 1), {}
     for kind, used in (("codebook", 1), ("random", 2), ("frozen", 2)):
-        out = new_folder()
-        run(train_asr, "--tokens", letters(), "--embedding", kind, "--codebooks", used,
-            "--epochs", 1, "--out", out)
-        tables[kind] = load_asr(out / "asr.pt").model.embedding.tables
+        out, flags = new_folder(), ["--embedding", kind, "--codebooks", used, "--epochs", 1]
+        run(train_asr, "--tokens", letters(), *flags, "--out", out)
+        tables[kind] = Recogniser(out / "asr.pt", EVALUATE).model.embedding.tables
     assert torch.equal(tables["frozen"], books) and tables["random"].shape == (64, 128)
     assert 0 < (tables["codebook"] - books[:32]).abs().max() < 0.1
 
@@ -691,7 +644,7 @@ def test_an_epoch_takes_one_variant_of_each_utterance_in_bounded_batches():
         rows = [data.rows[i] for group in groups for i in group]
         assert len({row["copy_of"] or row["id"] for row in rows}) == len(rows) == 8
         noisy += [row["noisy"] for row in rows]
-        assert all(data.take(group, CPU)[0].shape[:2].numel() <= 1000 for group in groups)
+        assert all(data.take(group, "cpu")[0][..., 0].numel() <= 1000 for group in groups)
     assert abs(np.mean(noisy) - train_asr.NOISY_SHARE) < 0.08
     assert not any(data.rows[i]["noisy"] for group in data.epoch(0, 0.0) for i in group)
 
@@ -706,7 +659,6 @@ def test_resumed_recogniser_equals_an_uninterrupted_one():
     assert "epoch 1 of 3" in run(train_asr, *flags, "--out", cut)
     for name in ("model", "last"):
         assert same_weights(whole / "asr.pt", cut / "asr.pt", name)
-    assert len(read_rows(cut / "log.jsonl")) == 3
 
 
 def test_epochs_may_grow_and_other_flags_and_tokens_may_not_change():
@@ -719,11 +671,8 @@ def test_epochs_may_grow_and_other_flags_and_tokens_may_not_change():
     refused("--epochs", train_asr, *flags)
 
 
-# ------------------------------------------------------------------------------- several processes
-
 SCRIPT = """
 import os, sys, torch, codec, train_asr
-corpus, letters, out = sys.argv[1:]
 dist, start = torch.distributed, torch.distributed.init_process_group
 dist.init_process_group = lambda *args, **more: dist.is_initialized() or start(*args, **more)
 dist.destroy_process_group = lambda: None       # two stages in one process
@@ -733,40 +682,31 @@ class Kept(codec.Codec):
         super().__init__(*arguments)
         Kept.made = self
 
+out, corpus, *flags = sys.argv[1:]
 codec.Codec, train_asr.fast_dtype = Kept, lambda device: torch.float32
 codec.ResidualVQ.decay = codec.ResidualVQ.dead_below = 0.5      # codes die within three steps
 codec.main(["--corpus", corpus, "--quantizer", "rvq", "--codebooks", "2", "--codebook-size", "32",
             "--steps", "3", "--batch", "4", "--device", "cpu", "--out", out + "/codec"])
 torch.save({"model": Kept.made.quantizer.state_dict()}, out + f"/books{os.environ['RANK']}.pt")
-train_asr.main(["--tokens", letters, "--epochs", "2", "--batch", "20", "--dropout", "0",
-                "--time-masks", "0", "--codebook-masks", "0", "--feature-masks", "0",
-                "--device", "cpu", "--out", out + "/asr"])
+train_asr.main([*flags, "--device", "cpu", "--out", out + "/asr"])
 """
 
 
-@cache
-def two_processes() -> Path:
-    """Codec and recogniser trained under torchrun -> the folder of their outputs."""
-    out, root = new_folder(), str(Path(__file__).resolve().parent)
-    (out / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               out / "script.py", corpus(), letters(), out]
-    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root},
-                   capture_output=True, check=True)
-    return out
-
-
-def test_two_processes_keep_the_same_codebooks():
-    assert same_weights(two_processes() / "books0.pt", two_processes() / "books1.pt")
-
-
 def test_two_processes_learn_what_one_learns():
-    out = new_folder()
+    one, two, root = new_folder(), new_folder(), str(Path(__file__).resolve().parent)
+    reading = ["--tokens", letters(), *READING, "--epochs", 2]
+    (two / "script.py").write_text(SCRIPT)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*map(str, [*torchrun, two / "script.py", two, corpus(), *reading])],
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root},
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     with mock.patch.object(train_asr, "fast_dtype", lambda device: torch.float32):
-        run(train_asr, "--tokens", letters(), "--epochs", 2, "--batch", 20, *PLAIN, "--out", out)
-    logs = [read_rows(path / "log.jsonl") for path in (out, two_processes() / "asr")]
-    for one, two in zip(*logs):
-        assert math.isclose(one["loss"], two["loss"], rel_tol=1e-4), (one, two)
+        run(train_asr, *reading, "--out", one)
+    logs = [read_rows(path / "log.jsonl") for path in (one, two / "asr")]
+    for alone, shared in zip(*logs, strict=True):
+        assert math.isclose(alone["loss"], shared["loss"], rel_tol=1e-4), (alone, shared)
+    assert same_weights(two / "books0.pt", two / "books1.pt")       # RVQ's, with revived codes
 
 
 # -------------------------------------------------------------------------------------- evaluation
@@ -782,16 +722,13 @@ def test_error_rates_are_those_of_jiwer():
     assert math.isclose(summary["wer"], jiwer.wer(refs, hyps))
     assert math.isclose(summary["cer"], jiwer.cer(refs, hyps))
     assert summary["by_speaker"]["s0"] == [1, 3, 5, 11]         # errors and length: words, letters
-    assert make_score(refs, refs).summary(0)["wer_interval"] == [0, 0]
 
 
 def test_interval_is_wider_where_errors_come_by_speaker():
-    refs, numbers = ["ABCDEFGHIJ"] * 300, np.arange(300)
-    widths = []
+    refs, numbers, widths = ["ABCDEFGHIJ"] * 300, np.arange(300), []
     for bad in (numbers % 10 < 3, numbers // 10 % 10 < 3):      # three of ten speakers; all alike
         score = make_score(refs, ["ABCDE" if b else "ABCDEFGHIJ" for b in bad], speakers=10)
-        low, high = score.summary(0)["cer_interval"]
-        widths.append(high - low)
+        widths.append(np.diff(score.summary(0)["cer_interval"]))
     assert widths[0] > 0.1 > 5 * widths[1]
     assert evaluate.difference(score, score, 0) == [0, 0]
     assert evaluate.difference(score, make_score(refs, refs, speakers=10), 0)[0] > 0.1
@@ -806,7 +743,8 @@ def ask(name: str, *flags, asr=small_asr) -> dict:
 
 
 def test_noise_is_added_to_audio_that_is_encoded_anew():
-    front_end, data = load_asr(small_asr()).front_end(None), TokenSet(small_tokens(), ["test"])
+    data = TokenSet(small_tokens(), ["test"])
+    front_end = Recogniser(small_asr(), EVALUATE).front_end(None)
     for snr, least, most in ((300.0, 0.0, 0.0), (0.0, 0.2, 1.0)):
         noisy = torch.cat(evaluate.degrade(front_end, data, "white", snr, 0))
         assert least <= (noisy != torch.cat(data.arrays)).float().mean() <= most
@@ -819,29 +757,26 @@ def test_comparison_says_what_ran_where_and_how_it_differs():
     report = ask("compare", "--compare", small_asr().parent)
     assert report["command"] and report["machine"] and "commit" in report
     (found,) = report["runs"].values()
-    assert found["test"]["test"]["by_speaker"] and found["test"]["test"]["cer_minus_first"] == [0, 0]
     assert found["bitrate"] == 0.75 * Codec.load(small_codec()).bitrate         # 3 of 4 codebooks
+    assert found["test"]["test"]["cer_minus_first"] == [0, 0]
 
 
 def test_content_finds_the_codebook_that_spells():
-    labels = np.arange(8).repeat(100)
-    assert math.isclose(evaluate.mutual_information(labels, labels), 3)
     shares = ask("content", "--content", asr=letter_asr)["shares"]["character"]
     assert shares["0"] > 0.5 and abs(shares["1"]) < 0.1, shares
 
 
 def test_transcription_is_what_the_tokens_give():
-    data, recogniser = TokenSet(small_tokens(), ["test"]), load_asr(small_asr())
-    bad = damaged_files()[0]
-    printed = run(evaluate, "--asr", small_asr(), "--audio", bad, *(r["audio"] for r in data.rows))
+    data, bad = TokenSet(small_tokens(), ["test"]), damaged_files()[0]
+    files = [row["audio"] for row in data.rows]
+    printed = run(evaluate, "--asr", small_asr(), "--audio", bad, *files)
     assert f"skipped: {bad}" in printed
-    for row, array in zip(data.rows, data.arrays):
-        assert f"{row['audio']}: {recogniser.recognise(array)}\n" in printed
-    refused("none of the files", evaluate, "--asr", small_asr(), "--audio", bad)
+    for file, array in zip(files, data.arrays):
+        assert f"{file}: {Recogniser(small_asr(), EVALUATE).recognise(array)}\n" in printed
 
 
 def test_windows_of_a_long_recording_read_every_frame_once():
-    recogniser = load_asr(letter_asr())
+    recogniser = Recogniser(letter_asr(), EVALUATE)
     for subsampling, frames in product((1, 2), (1, 2399, 6001)):
         recogniser.flags |= {"subsampling": subsampling}
         model = train_asr.build_model(recogniser.flags, recogniser.meta, len(recogniser.text))
@@ -851,25 +786,6 @@ def test_windows_of_a_long_recording_read_every_frame_once():
         with torch.inference_mode():
             whole, _ = model(tokens, torch.tensor([frames]))
         close(recogniser.log_probs(tokens[0]), whole, 1e-4)
-
-
-ARPA = """\\data\\\nngram 1=4\nngram 2=1\n
-\\1-grams:\n-1\t<s>\t0\n-1\t</s>\t0\n-1\t<unk>\t0\n-0.5\tCAT\t0\n
-\\2-grams:\n-0.1\t<s> CAT\n
-\\end\\
-"""
-
-
-def test_beam_search_finds_the_words_of_the_language_model():
-    if not importlib.util.find_spec("flashlight"):
-        return
-    path, text = new_folder() / "lm.arpa", load_asr(letter_asr()).text
-    path.write_text(ARPA)
-    right, wrong = (torch.eye(len(text))[text.encode(word)] for word in ("CAT", "CAN"))
-    log_probs = (5 * right + 6 * wrong).log_softmax(-1)[None]
-    length, args = torch.tensor([log_probs.shape[1]]), evaluate.parse(["--lm", str(path)])
-    assert text.greedy(log_probs, length) == ["CAN"]
-    assert evaluate.beam_search(text, args)(log_probs, length) == ["CAT"]
 
 
 # ------------------------------------------------------------------------------------------ errors
@@ -899,14 +815,12 @@ def test_scripts_end_bad_input_with_one_line():
     for stage, what, *flags in (
             (codec, "lost", "--corpus", lost),
             (codec, "subset lost", "--corpus", corpus(), "--train", "lost"),
-            (codec, "no such file", "--reconstruct", audio, lost),
             (tokenize_corpus, "damaged", "--corpus", corpus(), "--codec", half),
             (tokenize_corpus, "kind asr", "--corpus", corpus(), "--codec", small_asr()),
             (tokenize_corpus, "--noise lost", "--corpus", corpus(), *mel, "--noise", "lost"),
             (train_asr, "tokenize_corpus.py", "--tokens", lost),
             (train_asr, "no language", "--tokens", letters(), "--lang-token"),
             (train_asr, "--codebooks 3", "--tokens", letters(), "--codebooks", 3),
-            (evaluate, "kind codec", "--asr", other),
             (evaluate, "letters", "--asr", small_asr(), "--tokens", letters()),
             (evaluate, "lost", "--asr", small_asr(), "--test", "lost"),
             (evaluate, "codec", "--asr", small_asr(), "--codec", other, "--audio", audio)):
@@ -914,12 +828,12 @@ def test_scripts_end_bad_input_with_one_line():
     assert [path.name for path in lost.parent.rglob("*.pt")] == ["half.pt"]
 
 
-def main() -> int:
-    """Run the tests, or those whose names contain an argument -> 1 if any failed."""
-    tests = {name: test for name, test in globals().items() if name.startswith("test_")
-             and any(part in name for part in sys.argv[1:] or [""])}
+def main() -> None:
+    """Run the tests, or those whose names contain an argument; exit with 1 if one failed."""
+    tests = [test for name, test in globals().items() if name.startswith("test_")
+             and any(part in name for part in sys.argv[1:] or [""])]
     failed = 0
-    for name, test in tests.items():
+    for test in tests:
         began, result = time.time(), "ok"
         torch.manual_seed(0)
         try:
@@ -927,10 +841,10 @@ def main() -> int:
         except Exception:
             traceback.print_exc(file=sys.stdout)
             failed, result = failed + 1, "FAILED"
-        print(f"{result:6} {time.time() - began:5.1f} s  {name}", flush=True)
+        print(f"{result:6} {time.time() - began:5.1f} s  {test.__name__}", flush=True)
     print(f"{len(tests) - failed} passed, {failed} failed")
-    return min(failed, 1)
+    sys.exit(failed > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -2,7 +2,7 @@
 
 in   a corpus with transcripts, and runs/codec/codec.pt
 out  runs/tokens/meta.json              which codec, frame rate, Q, K, D, subsets
-     runs/tokens/codebooks.npy          (Q, K, D) float32: what the recogniser's embedding starts from
+     runs/tokens/codebooks.npy          (Q, K, D) float32: the recogniser's embedding starts here
      runs/tokens/<subset>.jsonl         a row an utterance: id, text, lang, speaker, duration, ...
      runs/tokens/<subset>/<id>.npy      tokens (T, Q) int16
      runs/tokens/<subset>.skipped.txt   what could not be used, and why
@@ -21,6 +21,7 @@ import os
 import re
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,93 +55,84 @@ class Utterance(NamedTuple):
 
 def read_subset(folders: list[Path], subset: str) -> tuple[list[Utterance], list[str]]:
     """A subset, in any of the three layouts -> utterances, a message for each unusable one."""
-    found, skipped = [], []
+    kept, skipped = {}, []
     for folder in folders:
         if (folder / f"{subset}.jsonl").is_file():
-            rows, problems = read_rows(folder / f"{subset}.jsonl")
+            found = read_rows(folder / f"{subset}.jsonl", skipped)
         elif any(folder.glob(f"*/*/transcript_{subset}.txt")):
-            rows, problems = read_ml_superb(folder, subset)
+            found = read_ml_superb(folder, subset, skipped)
         else:
-            rows, problems = read_librispeech(folder, subset)
-        found, skipped = found + rows, skipped + problems
-    kept: dict[str, Utterance] = {}
-    for item in found:
-        text = " ".join(item.text.split())
-        try:
-            if not text:
-                raise ValueError("its transcript is empty")
-            if item.id in kept:
-                raise ValueError(f"the id {item.id} is also that of {kept[item.id].audio}")
-            f"{text}{item.lang}{item.audio}".encode()       # half characters of broken JSON
-            info = sf.info(item.audio)
-            seconds = info.frames / info.samplerate
-            if 0 < item.duration < 0.8 * seconds:
-                raise ValueError(f"lasts {seconds:.1f} s, its row says {item.duration} s: "
-                                 f"cut the piece out first")
-            kept[item.id] = item._replace(text=text, duration=seconds)
-        except (ValueError, sf.LibsndfileError, OSError, RuntimeError, ZeroDivisionError) as error:
-            skipped.append(f"{str(item.audio)!a}: {str(error).splitlines()[0]}")
+            found = read_librispeech(folder, subset, skipped)
+        for item in found:
+            try:
+                if not item.text or item.id in kept:
+                    raise ValueError(f"empty transcript, or {item.id} is the id of another file")
+                f"{item.text}{item.lang}{item.audio}".encode()      # half characters of bad JSON
+                info = sf.info(item.audio)
+                seconds = info.frames / info.samplerate
+                if 0 < item.duration < 0.8 * seconds:
+                    raise ValueError(f"its row is a piece of {seconds:.1f} s: cut it out first")
+                kept[item.id] = item._replace(duration=seconds)
+            except (ValueError, sf.LibsndfileError, OSError, ZeroDivisionError) as error:
+                skipped.append(f"{str(item.audio)!a}: {str(error).splitlines()[0]}")
     return list(kept.values()), skipped
 
 
-def read_librispeech(folder: Path, subset: str) -> tuple[list[Utterance], list[str]]:
+def read_lines(path: Path) -> list[list[str]]:
+    """The words of each line that is not empty."""
+    text = path.read_text("utf-8-sig", errors="replace")
+    return [line.split() for line in text.split("\n") if line.strip()]
+
+
+def read_librispeech(folder: Path, subset: str, skipped: list[str]) -> Iterator[Utterance]:
     """speaker/chapter/*.trans.txt, whose lines are an id and its words, beside the audio files."""
     audio = {(path.parent, path.stem): path for path in find_audio(folder, subset)}
-    found, skipped = [], []
     for path in sorted((folder / subset).rglob("*.trans.txt")):
-        for line in path.read_text("utf-8-sig", errors="replace").split("\n"):
-            name, _, text = line.strip().replace("\t", " ").partition(" ")
-            file = audio.pop((path.parent, name), None)
-            if file:
-                found.append(Utterance(name, text, "", name.split("-")[0], file))
-            elif name:
+        for name, *words in read_lines(path):
+            if (path.parent, name) in audio:
+                file = audio.pop((path.parent, name))
+                yield Utterance(name, " ".join(words), "", name.split("-")[0], file)
+            else:
                 skipped.append(f"{path}: {name} has no audio file of its own")
     skipped += [f"{path}: no transcript names it" for path in audio.values()]
-    return found, skipped
 
 
-def read_rows(manifest: Path) -> tuple[list[Utterance], list[str]]:
+def read_rows(manifest: Path, skipped: list[str]) -> Iterator[Utterance]:
     """A manifest's rows hold audio_filepath and text, and perhaps lang, speaker and duration."""
-    rows, skipped = read_manifest(manifest)
-    found = []
+    rows, problems = read_manifest(manifest)
+    skipped += problems
     for row in rows:
-        audio, text, seconds = row["audio_filepath"], row.get("text"), row.get("duration")
+        audio, text, seconds = row["audio_filepath"], row.get("text"), row.get("duration") or 0
         # The id becomes a file name: it must be short, and cannot lead out of --out.
         name = re.sub(r"[^\w-]+", "-", str(Path(audio).with_suffix("")))[-60:].strip("-")
-        if not isinstance(text, str) or not isinstance(seconds or 0, (int, float)):
+        if not isinstance(text, str) or not isinstance(seconds, (int, float)):
             skipped.append(f"{manifest}: {audio}: its text is no string, or its duration no number")
             continue
         # A row with an offset is a piece of a file: any duration is then too short.
-        seconds = 1e-9 if row.get("offset") else seconds or 0
-        lang, speaker = str(row.get("lang") or ""), str(row.get("speaker") or "")
-        found.append(Utterance(name, text, lang, speaker, manifest.parent / audio, seconds))
-    return found, skipped
+        seconds = 1e-9 if row.get("offset") else seconds
+        yield Utterance(name, " ".join(text.split()), str(row.get("lang") or ""),
+                        str(row.get("speaker") or ""), manifest.parent / audio, seconds)
 
 
-def read_ml_superb(folder: Path, subset: str) -> tuple[list[Utterance], list[str]]:
+def read_ml_superb(folder: Path, subset: str, skipped: list[str]) -> Iterator[Utterance]:
     """<dataset>/<lang>/transcript_<subset>.txt and wav/<id>.wav (ML-SUPERB, arXiv 2305.10615).
 
     A line holds id, duration (or a filler) and text. Subsets are called 10min_train, 1h_train, ...
     """
-    found, skipped = [], []
     for path in sorted(folder.glob(f"*/*/transcript_{subset}.txt")):
-        for line in path.read_text("utf-8-sig", errors="replace").split("\n"):
-            parts = line.split(maxsplit=2)
-            if len(parts) == 3 and Path(parts[0]).name == parts[0]:
-                audio = path.parent / "wav" / f"{parts[0]}.wav"
-                found.append(Utterance(parts[0], parts[2], path.parent.name, "", audio))
-            elif parts:
-                skipped.append(f"{path}: '{line[:60]}' is not a line of id, duration and text")
-    return found, skipped
+        for name, *rest in read_lines(path):
+            name = Path(name).name          # it becomes a file name
+            audio = path.parent / "wav" / f"{name}.wav"
+            yield Utterance(name, " ".join(rest[1:]), path.parent.name, "", audio)
 
 
 # ------------------------------------------------------------------------------------------- noise
 
 class Noise:
-    """Adds one kind of noise at a random signal-to-noise ratio; both depend on seed and id alone."""
+    """Adds noise at a random signal-to-noise ratio; kind and ratio depend on seed and id alone."""
 
     def __init__(self, kinds: list[str], snr: list[float], speech: list[Utterance], seed: int):
-        """kinds: white, pink, babble, or folders; snr: LOW HIGH in dB; speech: what babble mixes."""
+        """kinds: white, pink, babble or folders; snr: LOW HIGH in dB; speech: babble mixes it."""
         self.kinds, self.snr, self.speech, self.seed = kinds, snr, speech, seed
         self.files = {}
         for kind in kinds:
@@ -172,7 +164,7 @@ class Noise:
 
 
 def pink(length: int, rng: np.random.Generator) -> Tensor:
-    """Power falls as 1 / frequency from 20 Hz on; half of it would lie below, outside all speech."""
+    """Power falls as 1 / frequency from 20 Hz on; half of it would lie below, under all speech."""
     spectrum = np.fft.rfft(rng.standard_normal(length))
     hz = np.fft.rfftfreq(length, 1 / SAMPLE_RATE)
     spectrum *= (hz >= 20) / np.sqrt(hz.clip(20))
@@ -195,7 +187,7 @@ def stretch(files: list[Path], length: int, rng: np.random.Generator) -> Tensor:
         if power > 1e-8:
             return part / power.sqrt()
         problem = "it is silent"
-    raise ValueError(f"no noise can be taken from {files[0]} and {len(files) - 1} others: {problem}")
+    raise ValueError(f"{files[0]} and {len(files) - 1} others give no noise: {problem}")
 
 
 # ---------------------------------------------------------------------------------------- encoding

@@ -1,7 +1,7 @@
 """Stage 3: train a CTC Conformer on token files.
 
 in   runs/tokens/               written by tokenize_corpus.py
-out  runs/asr/asr.pt            weights (best epoch on dev), flags, text units; training resumes from it
+out  runs/asr/asr.pt            weights (best epoch on dev), flags, text units; training resumes
      runs/asr/log.jsonl         a row an epoch
 
     python train_asr.py                                           # synthetic speech, a few minutes
@@ -20,6 +20,7 @@ import sys
 import time
 from argparse import (ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace,
                       RawDescriptionHelpFormatter)
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 
@@ -122,7 +123,7 @@ class TokenSet:
                     self.rows.append(row | {"subset": subset})
                     self.arrays.append(torch.from_numpy(array[:, :codebooks or None]))
         if not self.rows:
-            raise ValueError(f"{folder}: no utterances; name subsets when running tokenize_corpus.py")
+            raise ValueError(f"{folder}: no utterances; name subsets to tokenize_corpus.py")
 
     def take(self, group: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
         """Utterance numbers, B of them -> tokens (B, T, Q), token_len (B,)."""
@@ -130,7 +131,7 @@ class TokenSet:
         lengths = torch.tensor([len(array) for array in arrays])
         return pad_sequence(arrays, batch_first=True).to(device), lengths.to(device)
 
-    def batches(self, which, frames: int, rng: np.random.Generator | None = None) -> list[list[int]]:
+    def batches(self, which: Iterable, frames: int, rng=None) -> list[list[int]]:
         """Groups of like length, of at most `frames` padded frames; with rng in random order."""
         lengths = np.array([len(self.arrays[i]) for i in which])
         spread = rng.uniform(1, 1.1, len(lengths)) if rng else 1.0      # new neighbours every epoch
@@ -283,7 +284,8 @@ def train(args: Namespace) -> None:
         for number, group in enumerate(tqdm(groups, f"epoch {epoch + 1}/{args.epochs}", leave=False,
                                             disable=True if rank else None)):
             progress = (epoch + number / len(groups)) / args.epochs
-            lr = args.lr * min(1.0, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * progress))
+            cosine = 0.5 + 0.5 * math.cos(math.pi * progress)
+            lr = args.lr * min(1.0, (step + 1) / warmup) * cosine
             optimisers[0].param_groups[0]["lr"] = 2.5 * lr
             optimisers[1].param_groups[0]["lr"] = lr
             model.augment.strength = ramp(step, args)
@@ -314,7 +316,8 @@ def train(args: Namespace) -> None:
                "speech_per_second": speech / (time.time() - began)}
         row["dev_wer"], row["dev_cer"] = evaluate(model, dev, data.text, data.frames, device)
         print("epoch {epoch} | step {step} | loss {loss:.3f} | dev CER {dev_cer:.1%} | dev WER "
-              "{dev_wer:.1%} | {speech_per_second:.0f} s of speech a second".format(**row), flush=True)
+              "{dev_wer:.1%} | {speech_per_second:.0f} s of speech a second".format(**row),
+              flush=True)
         weights = {name: value.cpu().clone() for name, value in model.state_dict().items()}
         if row["dev_cer"] <= state["best"]:
             state |= {"best": row["dev_cer"], "model": weights}
@@ -404,7 +407,7 @@ def rehearse(model: CodecASR, data: TrainSet, device, dtype) -> str:
 
 
 @torch.inference_mode()
-def evaluate(model: CodecASR, dev: TokenSet, text: Text, frames: int, device) -> tuple[float, float]:
+def evaluate(model: CodecASR, dev: TokenSet, text: Text, frames: int, device) -> tuple:
     """Greedy decoding -> WER, CER; language tokens do not count as text."""
     model.eval()
     refs, hyps = [], []
@@ -447,7 +450,7 @@ def load_checkpoint(path: str | Path) -> dict:
 
 def check_same_run(path: Path, saved: dict, args: Namespace, meta: dict) -> None:
     """A run resumes only with the flags and the tokens that it began with; --epochs may grow."""
-    before, now = saved["flags"] | saved["meta"], vars(args) | meta
+    before, now = saved["meta"] | saved["flags"], meta | vars(args)
     for name in (*vars(args), "corpus", "train", "dev", "noise", "snr"):
         free = name in ("device", "out", "tokens") or name == "epochs" and now[name] > before[name]
         if now[name] != before[name] and not free:
