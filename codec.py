@@ -555,7 +555,7 @@ def save(path: Path, checkpoint: dict) -> None:
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     write_atomically(path, buffer.getvalue())
-    log = "\n".join(map(json.dumps, checkpoint["log"]))
+    log = "".join(json.dumps(row) + "\n" for row in checkpoint["log"])
     write_atomically(path.with_name("log.jsonl"), log.encode())
 
 
@@ -853,8 +853,11 @@ def fetch_librispeech(folder: Path, subset: str) -> None:
     if found != MD5[subset]:
         archive.unlink()
         raise ValueError(f"{url}: checksum {found} instead of {MD5[subset]}; run again")
-    with tarfile.open(archive) as tar:
-        tar.extractall(part, filter="data")         # refuses paths and links that lead outside
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(part, filter="data")     # refuses paths and links that lead outside
+    except tarfile.TarError as error:
+        raise ValueError(f"{archive}: {error}")
     os.replace(part / "LibriSpeech" / subset, folder / subset)
     shutil.rmtree(part)
 

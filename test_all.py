@@ -221,8 +221,8 @@ def test_fsq_computes_in_float32_under_bfloat16_autocast():
     quantizer, rough = GroupFSQ(4), make_latent(time=500).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         result, tokens = quantizer(rough), quantizer.encode(rough)
-    for found in (tokens, result.tokens):
-        assert torch.equal(found, quantizer.encode(rough.float()))
+    assert result.latent.dtype == torch.float32 and torch.equal(tokens, result.tokens)
+    assert torch.equal(tokens, quantizer.encode(rough.float()))
 
 
 def test_rvq_passes_the_decoders_gradient_once():
@@ -477,7 +477,7 @@ def test_copies_are_made_of_the_training_subsets_alone():
     for row in rows:
         array, plain = arrays[row["id"]], arrays[row["copy_of"] or row["id"]]
         assert array.dtype == np.float16 and array.shape == (row["frames"], 80)
-        assert abs(len(array) - len(plain) / row["speed"]) <= 2
+        assert len(array) == math.ceil(sf.info(row["audio"]).frames / row["speed"] / 160)
         assert row["noisy"] == (row["speed"] == 1 and not np.array_equal(array, plain))
 
 
@@ -838,7 +838,7 @@ def main() -> None:
         torch.manual_seed(0)
         try:
             test()
-        except Exception:
+        except (Exception, SystemExit):
             traceback.print_exc(file=sys.stdout)
             failed, result = failed + 1, "FAILED"
         print(f"{result:6} {time.time() - began:5.1f} s  {test.__name__}", flush=True)

@@ -243,7 +243,8 @@ class FrontEnd:
     @torch.inference_mode()
     def __call__(self, wav: Tensor) -> np.ndarray:
         """wav (S,) -> tokens (T, Q) int16, or features (T, D) float16."""
-        wav = F.pad(wav, (0, -len(wav) % self.hop))
+        if self.features == "mel":                      # a last frame for the rest; codecs do it
+            wav = F.pad(wav, (0, -len(wav) % self.hop))
         array = self.encode(wav[None].to(self.device))[0].T.cpu()
         return array.to(torch.int16 if self.features == "tokens" else torch.float16).numpy()
 
@@ -301,6 +302,8 @@ def tokenize(args: Namespace) -> None:
             save_array(out / "codebooks.npy", front_end.quantizer.codebooks().cpu().numpy())
 
     for role, subset in [(role, subset) for role in corpus for subset in corpus[role]]:
+        if Path(subset).name != subset:                 # or its arrays would land outside --out
+            raise ValueError(f"--{role} {subset}: not the name of a subset; name its --corpus")
         utterances, skipped = read_subset(corpus[role][subset], subset)
         noise = None
         if role == "train":

@@ -116,8 +116,7 @@ class TokenSet:
             path = Path(folder) / f"{subset}.jsonl"
             if not path.is_file():
                 raise ValueError(f"{path}: no such file; run tokenize_corpus.py to its end")
-            for line in path.read_text("utf-8").splitlines():
-                row = json.loads(line)
+            for row in map(json.loads, open(path, encoding="utf-8")):
                 if copies or not row["copy_of"]:
                     array = np.load(Path(folder) / row["array"], allow_pickle=False)
                     self.rows.append(row | {"subset": subset})
@@ -451,7 +450,8 @@ def load_checkpoint(path: str | Path) -> dict:
 def check_same_run(path: Path, saved: dict, args: Namespace, meta: dict) -> None:
     """A run resumes only with the flags and the tokens that it began with; --epochs may grow."""
     before, now = saved["meta"] | saved["flags"], meta | vars(args)
-    for name in (*vars(args), "corpus", "train", "dev", "noise", "snr"):
+    before["noise_seed"], now["noise_seed"] = saved["meta"]["seed"], meta["seed"]
+    for name in (*vars(args), "corpus", "train", "dev", "noise", "snr", "noise_seed"):
         free = name in ("device", "out", "tokens") or name == "epochs" and now[name] > before[name]
         if now[name] != before[name] and not free:
             raise ValueError(f"{path} was trained with --{name.replace('_', '-')} {before[name]}, "
