@@ -483,8 +483,9 @@ def train(args: Namespace) -> None:
                                 "optimisers": [item.state_dict() for item in optimisers]})
     if rank == 0:
         report(codec, files["dev"][:100], path.parent)
-        print(f"{len(crops.unreadable)} files could not be read\n"
-              f"wrote {path}; next: python tokenize_corpus.py --codec {path}")
+        if crops.unreadable:
+            print(f"{len(crops.unreadable)} files could not be read")
+        print(f"wrote {path}; next: python tokenize_corpus.py --codec {path}")
 
 
 @torch.no_grad()
