@@ -99,15 +99,11 @@ class TokenEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor, weights: Tensor) -> Tensor:
         """weights (B, T, Q): 1, or 0 for a hidden token."""
-        batch, steps, codebooks = tokens.shape
-        rows = (tokens + self.offset).flatten(0, 1)                                 # (B * T, Q)
-        weights = weights.flatten(0, 1)
+        rows = F.embedding(tokens + self.offset, self.tables) * weights[..., None]  # (B, T, Q, D)
         if self.aggregate == "stack":
-            emb = F.embedding(rows, self.tables) * weights[..., None]
-            return emb.view(batch, steps, -1)
-        emb = F.embedding_bag(rows, self.tables, mode="sum", per_sample_weights=weights)
+            return rows.flatten(2)
         # CodecASR normalises the result, which makes the mean the same model as the sum.
-        return emb.view(batch, steps, -1) / (codebooks if self.aggregate == "mean" else 1)
+        return rows.mean(2) if self.aggregate == "mean" else rows.sum(2)
 
 
 # --------------------------------------------------------------------------------------- Conformer
@@ -207,7 +203,7 @@ class CodecASR(nn.Module):
         self.register_buffer("deviation", torch.ones(features))
         self.project = nn.Linear(features, width)
         self.subsample = nn.ModuleList()
-        for _ in range({1: 0, 2: 1, 4: 2}[subsampling]):
+        for _ in range(subsampling // 2):           # 0, 1 or 2 layers that halve the frame rate
             layer = nn.Conv1d(width, width, 3, stride=2, padding=1)
             # torch's own start shrinks the signal to a tenth, and CTC stays on its plateau.
             nn.init.kaiming_normal_(layer.weight)
@@ -217,7 +213,7 @@ class CodecASR(nn.Module):
         self.drop, self.output = nn.Dropout(dropout), nn.Linear(width, vocab_size)
 
     @torch.no_grad()
-    def start_from(self, codebooks: Tensor | None, sample: Tensor) -> None:
+    def start_from(self, codebooks: Tensor | None, sample: Tensor):
         """Copy the codec's codebooks (Q, K, D) into the tables, unless None; then measure mean and
         deviation of the embedding, by which it is normalised, on a sample of the training input,
         (N, Q) or (N, D)."""

@@ -118,14 +118,12 @@ class ResidualVQ(nn.Module):
 
     def random_depth(self, batch: int, device: torch.device) -> Tensor:
         """How many codebooks each utterance uses: (B,)."""
-        full = torch.full((batch,), self.num_codebooks, device=device)
-        if not self.training:
-            return full
         fewer = torch.randint(1, self.num_codebooks + 1, (batch,), device=device)
-        return torch.where(torch.rand(batch, device=device) < self.dropout, fewer, full)
+        hit = torch.rand(batch, device=device) < self.dropout * self.training
+        return torch.where(hit, fewer, self.num_codebooks)
 
     @torch.no_grad()
-    def initialise(self, frames: Tensor, rounds: int = 10) -> None:
+    def initialise(self, frames: Tensor, rounds: int = 10):
         """k-means on frames (N, D), one level at a time, each on what the previous levels left.
 
         Takes eight frames a code or more: from fewer, the deeper levels would start as copies of
@@ -153,7 +151,7 @@ class ResidualVQ(nn.Module):
         return count, total.index_add_(0, index, frames * weight[:, None])
 
     @torch.no_grad()
-    def update(self, level: int, residual: Tensor, index: Tensor, active: Tensor) -> None:
+    def update(self, level: int, residual: Tensor, index: Tensor, active: Tensor):
         """One EMA step of one codebook, then move its dead codes to where the data is.
 
         residual (N, D); index (N,); active (N,), 1 for frames that count and 0 for the others.
@@ -187,7 +185,7 @@ def nearest(frames: Tensor, codebook: Tensor) -> Tensor:
     return distance.min(1).indices
 
 
-def from_first_process(tensor: Tensor) -> None:
+def from_first_process(tensor: Tensor):
     """With several processes, all continue with what process 0 drew."""
     if dist.is_initialized():
         dist.broadcast(tensor, 0)

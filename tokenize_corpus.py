@@ -20,7 +20,7 @@ import math
 import os
 import re
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -32,11 +32,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchaudio
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from codec import (AUDIO, SAMPLE_RATE, Codec, HelpPage, LogMel, find_audio, find_subsets,
-                   mel_window, read_audio, read_manifest, start_processes, write_atomically)
+from codec import (SAMPLE_RATE, Codec, HelpPage, LogMel, find_audio, find_subsets,
+                   mel_window, read_audio, read_lines, read_manifest, start_processes,
+                   write_atomically)
 
 
 class Utterance(NamedTuple):
@@ -67,21 +68,16 @@ def read_subset(folders: list[Path], subset: str) -> tuple[list[Utterance], list
             try:
                 if not item.text or item.id in kept:
                     raise ValueError(f"empty transcript, or {item.id} is the id of another file")
-                f"{item.text}{item.lang}{item.audio}".encode()      # half characters of bad JSON
                 info = sf.info(item.audio)
                 seconds = info.frames / info.samplerate
                 if 0 < item.duration < 0.8 * seconds:
                     raise ValueError(f"its row is a piece of {seconds:.1f} s: cut it out first")
                 kept[item.id] = item._replace(duration=seconds)
-            except (ValueError, sf.LibsndfileError, OSError, ZeroDivisionError) as error:
+            except (ValueError, TypeError, ZeroDivisionError, OSError,
+                    sf.LibsndfileError) as error:
                 skipped.append(f"{str(item.audio)!a}: {str(error).splitlines()[0]}")
     return list(kept.values()), skipped
 
-
-def read_lines(path: Path) -> list[list[str]]:
-    """The words of each line that is not empty."""
-    text = path.read_text("utf-8-sig", errors="replace")
-    return [line.split() for line in text.split("\n") if line.strip()]
 
 
 def read_librispeech(folder: Path, subset: str, skipped: list[str]) -> Iterator[Utterance]:
@@ -102,16 +98,14 @@ def read_rows(manifest: Path, skipped: list[str]) -> Iterator[Utterance]:
     rows, problems = read_manifest(manifest)
     skipped += problems
     for row in rows:
-        audio, text, seconds = row["audio_filepath"], row.get("text"), row.get("duration") or 0
+        audio = Path(row["audio_filepath"])
         # The id becomes a file name: it must be short, and cannot lead out of --out.
-        name = re.sub(r"[^\w-]+", "-", str(Path(audio).with_suffix("")))[-60:].strip("-")
-        if not isinstance(text, str) or not isinstance(seconds, (int, float)):
-            skipped.append(f"{manifest}: {audio}: its text is no string, or its duration no number")
-            continue
+        name = re.sub(r"[^\w-]+", "-", str(audio.with_suffix("")))[-60:].strip("-")
+        text, lang, speaker = (str(row.get(key) or "") for key in ("text", "lang", "speaker"))
         # A row with an offset is a piece of a file: any duration is then too short.
-        seconds = 1e-9 if row.get("offset") else seconds
-        yield Utterance(name, " ".join(text.split()), str(row.get("lang") or ""),
-                        str(row.get("speaker") or ""), manifest.parent / audio, seconds)
+        seconds = 1e-9 if row.get("offset") else row.get("duration") or 0
+        yield Utterance(name, " ".join(text.split()), lang, speaker, manifest.parent / audio,
+                        seconds)
 
 
 def read_ml_superb(folder: Path, subset: str, skipped: list[str]) -> Iterator[Utterance]:
@@ -134,14 +128,11 @@ class Noise:
     def __init__(self, kinds: list[str], snr: list[float], speech: list[Utterance], seed: int):
         """kinds: white, pink, babble or folders; snr: LOW HIGH in dB; speech: babble mixes it."""
         self.kinds, self.snr, self.speech, self.seed = kinds, snr, speech, seed
-        self.files = {}
-        for kind in kinds:
-            if kind not in ("white", "pink", "babble"):
-                found = sorted(p for p in Path(kind).rglob("*") if p.suffix.lower() in AUDIO)
-                if not found:
-                    raise ValueError(f"--noise {kind}: neither white, pink or babble, nor a folder "
-                                     f"with audio files")
-                self.files[kind] = found
+        self.files = {kind: find_audio(Path(kind), ".") for kind in kinds}
+        for kind, files in self.files.items():
+            if not files and kind not in ("white", "pink", "babble"):
+                raise ValueError(f"--noise {kind}: neither white, pink or babble, nor a folder "
+                                 f"with audio files")
 
     def __call__(self, wav: Tensor, item: Utterance) -> Tensor:
         """wav (S,) -> (S,)."""
@@ -151,10 +142,9 @@ class Noise:
             noise = torch.from_numpy(rng.standard_normal(len(wav))).float()
         elif kind == "pink":
             noise = pink(len(wav), rng)
-        elif kind == "babble":          # six recordings of other speakers
-            others = [other for other in self.speech if other.id != item.id]
-            strangers = [other for other in others if other.speaker != item.speaker] or others
-            files = [other.audio for other in strangers] or [item.audio]
+        elif kind == "babble":          # six recordings of other speakers, if there are any
+            files = [other.audio for other in self.speech if other.speaker != item.speaker]
+            files = files or [other.audio for other in self.speech]
             noise = sum(stretch(files, len(wav), rng) for _ in range(6))
         else:
             noise = stretch(self.files[kind], len(wav), rng)
@@ -195,15 +185,13 @@ def stretch(files: list[Path], length: int, rng: np.random.Generator) -> Tensor:
 class Encodec:
     """The published EnCodec (pip install encodec; arXiv 2210.13438) with the interface of Codec."""
 
-    def __init__(self, device: str, model=None):
-        """model: an EncodecModel; None downloads the one for 24 kHz. Used with 8 codebooks."""
-        if model is None:
-            try:
-                from encodec import EncodecModel
-                model = EncodecModel.encodec_model_24khz()
-            except (ImportError, OSError) as error:
-                raise ValueError(f"--codec encodec: {error}; it needs pip install encodec, and the "
-                                 f"network to fetch its weights")
+    def __init__(self, device: str):
+        try:
+            from encodec import EncodecModel
+            model = EncodecModel.encodec_model_24khz()
+        except (ImportError, OSError) as error:
+            raise ValueError(f"--codec encodec: {error}; it needs pip install encodec, and the "
+                             f"network to fetch its weights")
         model.set_target_bandwidth(6.0)
         self.model = model.to(device).eval()
         self.sample_rate, self.bitrate, self.fingerprint = model.sample_rate, 6000, "encodec-24khz"
@@ -223,36 +211,39 @@ class Encodec:
 class FrontEnd:
     """Turns audio into the recogniser's input: a codec's tokens, its latent, or log-mel."""
 
-    def __init__(self, features: str, codec_path: str, hop: int, device: str):
+    def __init__(self, features: str, codec_path: str | Path, hop: int, device: str):
         """features: tokens, latent or mel; hop: of log-mel, as a codec has its own."""
         self.features, self.device = features, device
+        self.meta = {"features": features, "sample_rate": SAMPLE_RATE, "hop": hop,
+                     "codebooks": 0, "codebook_size": 0, "bitrate": 0}
         if features == "mel":
-            self.hop, self.encode = hop, LogMel(mel_window(hop), hop, 80).to(device)
-            self.meta = {"features": features, "codec": f"mel-{hop}", "sample_rate": SAMPLE_RATE,
-                         "hop": hop, "bitrate": None, "codebooks": 0, "codebook_size": 0, "dim": 80}
+            self.encode = LogMel(mel_window(hop), hop, 80).to(device)
+            self.meta |= {"codec": f"mel-{hop}", "dim": 80}
             return
-        codec = Encodec(device) if codec_path == "encodec" else Codec.load(codec_path, device)
-        self.hop, self.quantizer = codec.hop, codec.quantizer
-        tokens = features == "tokens"
-        self.encode = codec.encode if tokens else codec.latent
-        self.meta = {"features": features, "codec": codec.fingerprint, "hop": codec.hop,
-                     "sample_rate": codec.sample_rate, "bitrate": codec.bitrate if tokens else None,
-                     "codebooks": self.quantizer.num_codebooks if tokens else 0,
-                     "codebook_size": self.quantizer.codebook_size, "dim": self.quantizer.dim}
+        own = Path(codec_path).name != "encodec"
+        codec = Codec.load(codec_path, device) if own else Encodec(device)
+        self.quantizer = codec.quantizer
+        self.encode = codec.latent
+        self.meta |= {"codec": codec.fingerprint, "sample_rate": codec.sample_rate,
+                      "hop": codec.hop, "dim": self.quantizer.dim}
+        if features == "tokens":
+            self.encode = codec.encode
+            self.meta |= {"codebooks": self.quantizer.num_codebooks, "bitrate": codec.bitrate,
+                          "codebook_size": self.quantizer.codebook_size}
 
     @torch.inference_mode()
     def __call__(self, wav: Tensor) -> np.ndarray:
         """wav (S,) -> tokens (T, Q) int16, or features (T, D) float16."""
         if self.features == "mel":                      # a last frame for the rest; codecs do it
-            wav = F.pad(wav, (0, -len(wav) % self.hop))
+            wav = F.pad(wav, (0, -len(wav) % self.meta["hop"]))
         array = self.encode(wav[None].to(self.device))[0].T.cpu()
         return array.to(torch.int16 if self.features == "tokens" else torch.float16).numpy()
 
 
-class Recordings(Dataset):
+class Recordings:
     """Reads utterances, at their speed and with their noise, in worker processes."""
 
-    def __init__(self, utterances: list[Utterance], noise: Noise | None):
+    def __init__(self, utterances: list[Utterance], noise: Noise):
         self.utterances, self.noise = utterances, noise
 
     def __len__(self) -> int:
@@ -271,29 +262,26 @@ class Recordings(Dataset):
             return str(error)
 
 
-def with_copies(utterances: list[Utterance], args: Namespace) -> list[Utterance]:
+def with_copies(utterances: list[Utterance], args) -> list[Utterance]:
     """The utterances, and their copies at other speeds and in noise."""
     copies = []
     for item in utterances:
         for speed in set(args.speeds):
             copies.append(item._replace(id=f"{item.id}-speed{speed:g}", copy_of=item.id,
                                         speed=speed, duration=item.duration / speed))
-        for number in range(args.copies if args.noise else 0):
+        for number in range(args.copies * bool(args.noise)):
             copies.append(item._replace(id=f"{item.id}-noise{number}", copy_of=item.id, noisy=True))
     return utterances + copies
 
 
-def tokenize(args: Namespace) -> None:
+def tokenize(args):
     device, rank, world = start_processes(args.device)
     out = Path(args.out)
     corpus = find_subsets(args.corpus, train=args.train, dev=args.dev, test=args.test)
     front_end = FrontEnd(args.features, args.codec, args.hop, str(device))
-    from_here = os.path.relpath(args.codec, out)        # so that the folders can move together
     meta = front_end.meta | {role: list(subsets) for role, subsets in corpus.items()} | {
-        "codec_path": args.codec if args.codec == "encodec" else from_here,
-        "corpus": [str(Path(name).resolve()) if os.path.isdir(name) else name
-                   for name in args.corpus],
-        "noise": args.noise, "snr": args.snr, "seed": args.seed}
+        "codec_path": os.path.relpath(args.codec, out),     # the folders can move together
+        "corpus": args.corpus, "noise": args.noise, "snr": args.snr, "seed": args.seed}
     check_same_tokens(out / "meta.json", meta)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -301,26 +289,25 @@ def tokenize(args: Namespace) -> None:
         if args.features == "tokens":
             save_array(out / "codebooks.npy", front_end.quantizer.codebooks().cpu().numpy())
 
-    for role, subset in [(role, subset) for role in corpus for subset in corpus[role]]:
-        if Path(subset).name != subset:                 # or its arrays would land outside --out
-            raise ValueError(f"--{role} {subset}: not the name of a subset; name its --corpus")
-        utterances, skipped = read_subset(corpus[role][subset], subset)
-        noise = None
-        if role == "train":
-            if args.noise:
-                noise = Noise(args.noise, args.snr, utterances, args.seed)
-            utterances = with_copies(utterances, args)
-        encode(front_end, utterances[rank::world], noise, out / subset, args.workers)
-        if world > 1:
-            dist.barrier()
-        if rank == 0:
-            write_rows(out, subset, utterances, skipped, front_end.meta)
+    for role, subsets in corpus.items():
+        for subset, folders in subsets.items():
+            if Path(subset).name != subset:             # or its arrays would land outside --out
+                raise ValueError(f"--{role} {subset}: not the name of a subset; name its --corpus")
+            utterances, skipped = read_subset(folders, subset)
+            noise = Noise(args.noise, args.snr, utterances, args.seed)
+            if role == "train":
+                utterances = with_copies(utterances, args)
+            encode(front_end, utterances[rank::world], noise, out / subset, args.workers)
+            if world > 1:
+                dist.barrier()
+            if rank == 0:
+                write_rows(out, subset, utterances, skipped, front_end.meta)
     if rank == 0:
         print(f"wrote {out}; next: python train_asr.py --tokens {out}")
 
 
-def encode(front_end: FrontEnd, utterances: list[Utterance], noise: Noise | None, folder: Path,
-           workers: int) -> None:
+def encode(front_end: FrontEnd, utterances: list[Utterance], noise: Noise, folder: Path,
+           workers: int):
     """Write folder/<id>.npy for each utterance without one, and say what cannot be read."""
     folder.mkdir(parents=True, exist_ok=True)
     todo = [item for item in utterances if not (folder / f"{item.id}.npy").exists()]
@@ -332,14 +319,14 @@ def encode(front_end: FrontEnd, utterances: list[Utterance], noise: Noise | None
             save_array(folder / f"{item.id}.npy", front_end(wav))
 
 
-def save_array(path: Path, array: np.ndarray) -> None:
+def save_array(path: Path, array: np.ndarray):
     buffer = io.BytesIO()
     np.save(buffer, array)
     write_atomically(path, buffer.getvalue())
 
 
 def write_rows(out: Path, subset: str, utterances: list[Utterance], skipped: list[str],
-               meta: dict) -> None:
+               meta: dict):
     """Write <subset>.jsonl and <subset>.skipped.txt, and say what is in them."""
     lines, seconds = [], 0.0
     for item in utterances:
@@ -352,7 +339,7 @@ def write_rows(out: Path, subset: str, utterances: list[Utterance], skipped: lis
         duration = min(item.duration, frames * meta["hop"] / meta["sample_rate"])
         row = item._asdict() | {"audio": str(item.audio.resolve()), "duration": round(duration, 3),
                                 "frames": frames, "array": f"{subset}/{array.name}"}
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+        lines.append(json.dumps(row) + "\n")
         seconds += duration
     write_atomically(out / f"{subset}.skipped.txt", "".join(f"{s}\n" for s in skipped).encode())
     print(f"{subset}: {len(lines)} utterances, {seconds / 3600:.2f} hours")
@@ -363,7 +350,7 @@ def write_rows(out: Path, subset: str, utterances: list[Utterance], skipped: lis
     write_atomically(out / f"{subset}.jsonl", "".join(lines).encode())
 
 
-def check_same_tokens(path: Path, meta: dict) -> None:
+def check_same_tokens(path: Path, meta: dict):
     """Tokens of two codecs or corpora, or copies in two kinds of noise, do not share a folder."""
     if not path.exists():
         return
@@ -376,7 +363,7 @@ def check_same_tokens(path: Path, meta: dict) -> None:
 
 # -------------------------------------------------------------------------------------------- main
 
-def parse(arguments: list[str] | None = None) -> Namespace:
+def parse(arguments=None):
     parser = ArgumentParser(description=__doc__, formatter_class=HelpPage)
     add = parser.add_argument
     add("--corpus", nargs="+", default=["synthetic"],
@@ -401,16 +388,15 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
     add("--out", default="runs/tokens", help="folder to write")
     args = parser.parse_args(arguments)
-    if args.snr[0] > args.snr[1]:
-        parser.error("--snr takes two numbers, LOW HIGH")
+
     if args.codec == "encodec" and args.features == "latent":
         parser.error("--features latent needs a codec of ours, not encodec")
-    if args.hop < 1 or args.workers < 0 or not all(0.1 <= speed <= 10 for speed in args.speeds):
-        parser.error("--hop must be above 0, --workers at least 0, --speeds between 0.1 and 10")
+    if args.hop < 1 or not all(0.1 <= speed <= 10 for speed in args.speeds):
+        parser.error("--hop must be above 0, --speeds between 0.1 and 10")
     return args
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments=None):
     args = parse(arguments)
     try:
         tokenize(args)

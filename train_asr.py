@@ -18,7 +18,7 @@ import math
 import os
 import sys
 import time
-from argparse import (ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace,
+from argparse import (ArgumentDefaultsHelpFormatter, ArgumentParser,
                       RawDescriptionHelpFormatter)
 from collections.abc import Iterable
 from datetime import timedelta
@@ -26,10 +26,10 @@ from pathlib import Path
 
 import jiwer
 import numpy as np
-import sentencepiece
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
@@ -44,49 +44,38 @@ LONGEST = 60.0          # seconds of an utterance: the memory of attention grows
 
 # -------------------------------------------------------------------------------------- text units
 
-class Text:
-    """Transcripts to unit ids and back, by a sentencepiece model.
+def train_units(rows: list[dict], args) -> bytes:
+    """A sentencepiece model of the training transcripts; all processes take the first one's.
 
-    Id 0 is sentencepiece's <unk>, which is never a target: it serves as the CTC blank.
+    Id 0 is <unk>, for characters that no unit can write. It is never a target, and serves as the
+    CTC blank.
     """
+    languages = sorted({row["lang"] for row in rows}) if args.lang_token else []
+    model = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(row["text"] for row in rows), model_writer=model,
+            model_type=args.units, vocab_size=8000 if args.units == "char" else args.vocab_size,
+            hard_vocab_limit=False, character_coverage=1.0, max_sentence_length=1 << 24,
+            normalization_rule_name="identity", minloglevel=2,
+            unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1,
+            user_defined_symbols=[f"<{name}>" for name in languages])
+    except RuntimeError as error:
+        raise ValueError(f"--units {args.units} --vocab-size {args.vocab_size}: "
+                         f"{str(error).splitlines()[-1]}")
+    shared = [model.getvalue()]
+    if dist.is_initialized():
+        dist.broadcast_object_list(shared)
+    return shared[0]
 
-    def __init__(self, model: bytes):
-        self.model = model
-        self.units = sentencepiece.SentencePieceProcessor(model_proto=model)
 
-    @classmethod
-    def train(cls, rows: list[dict], units: str, vocab_size: int, lang_token: bool) -> "Text":
-        languages = sorted({row["lang"] for row in rows}) if lang_token else []
-        if "" in languages:
-            raise ValueError("--lang-token: some utterances say no language; give it in a manifest")
-        model = io.BytesIO()
-        try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(row["text"] for row in rows), model_writer=model,
-                model_type=units, vocab_size=8000 if units == "char" else vocab_size,
-                hard_vocab_limit=False, character_coverage=1.0, max_sentence_length=1 << 24,
-                normalization_rule_name="identity", minloglevel=2,
-                unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1,
-                user_defined_symbols=[f"<{name}>" for name in languages])
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1]
-            raise ValueError(f"--units {units} --vocab-size {vocab_size}: {reason}")
-        return cls(model.getvalue())
-
-    def __len__(self) -> int:
-        return self.units.get_piece_size()
-
-    def encode(self, text: str) -> list[int]:
-        """Characters that no unit can write become id 0."""
-        return self.units.encode(text)
-
-    def greedy(self, log_probs: Tensor, out_len: Tensor) -> list[str]:
-        """Best unit a frame, repeats merged, blanks dropped: (B, T', V), (B,) -> B texts."""
-        texts = []
-        for best, length in zip(log_probs.argmax(-1).cpu(), out_len.tolist()):
-            ids = best[:length].unique_consecutive()
-            texts.append(" ".join(self.units.decode(ids[ids != 0].tolist()).split()))
-        return texts
+def greedy(units: SentencePieceProcessor, log_probs: Tensor, out_len: Tensor) -> list[str]:
+    """Best unit a frame, repeats merged, blanks dropped: (B, T', V), (B,) -> B texts."""
+    texts = []
+    for best, length in zip(log_probs.argmax(-1).cpu(), out_len.tolist()):
+        ids = best[:length].unique_consecutive()
+        texts.append(" ".join(units.decode(ids[ids != 0].tolist()).split()))
+    return texts
 
 
 def split_language(text: str) -> tuple[str, str]:
@@ -119,7 +108,7 @@ class TokenSet:
             for row in map(json.loads, open(path, encoding="utf-8")):
                 if copies or not row["copy_of"]:
                     array = np.load(Path(folder) / row["array"], allow_pickle=False)
-                    self.rows.append(row | {"subset": subset})
+                    self.rows.append(row)
                     self.arrays.append(torch.from_numpy(array[:, :codebooks or None]))
         if not self.rows:
             raise ValueError(f"{folder}: no utterances; name subsets to tokenize_corpus.py")
@@ -149,34 +138,29 @@ class TokenSet:
 class TrainSet(TokenSet):
     """Adds text units and targets, and draws one variant of each utterance an epoch."""
 
-    def __init__(self, args: Namespace, meta: dict, text: bytes | None = None):
+    def __init__(self, args, meta: dict, text: bytes | None = None):
         """text: the sentencepiece model of a run that resumes."""
         super().__init__(args.tokens, meta["train"], args.codebooks, copies=True)
         self.seed = args.seed
         self.frames = round(args.batch * meta["sample_rate"] / meta["hop"])     # of a batch
-        self.text = Text(text) if text else shared_text(self.rows, args)
-        self.targets, self.out_len, self.variants = [], [], {}
-        short, long, unknown = [], [], 0
+        self.units = SentencePieceProcessor(model_proto=text or train_units(self.rows, args))
+        self.targets, self.out_len, dropped = [], [], []
+        self.variants = {}      # utterance: the numbers of its clean and of its noisy variants
         for i, row in enumerate(self.rows):
-            ids = self.text.encode(transcript(row, args.lang_token))
-            target = torch.tensor([unit for unit in ids if unit])
-            unknown += len(ids) - len(target)
+            target = torch.tensor(self.units.encode(transcript(row, args.lang_token)))
+            target = target[target != 0]
             self.targets.append(target)
             self.out_len.append(-(-len(self.arrays[i]) // args.subsampling))
             # CTC needs a frame for each unit, and a blank between two equal ones. torch's
             # zero_infinity would only hide the utterances that have fewer.
-            repeats = int((target[1:] == target[:-1]).sum())
-            if not 0 < len(target) + repeats <= self.out_len[i]:
-                short.append(row["id"])
-            elif row["duration"] > LONGEST:
-                long.append(row["id"])
-            else:               # utterance -> the numbers of its clean and of its noisy variants
-                original = row["subset"], row["copy_of"] or row["id"]
-                clean_noisy = self.variants.setdefault(original, ([], []))
-                clean_noisy[row["noisy"]].append(i)
-        self.notes = (f"dropped: {len(short)} utterances too short for their transcripts at this "
-                      f"frame rate {short[:3]}, {len(long)} longer than {LONGEST:g} s {long[:3]}, "
-                      f"{unknown} characters that are no text units")
+            needed = len(target) + (target[1:] == target[:-1]).sum()
+            if 0 < needed <= self.out_len[i] and row["duration"] <= LONGEST:
+                original = Path(row["array"]).parent / (row["copy_of"] or row["id"])
+                self.variants.setdefault(original, ([], []))[row["noisy"]].append(i)
+            else:
+                dropped.append(row["id"])
+        self.notes = (f"dropped: {len(dropped)} utterances, too short for their transcripts at "
+                      f"this frame rate or longer than {LONGEST:g} s {dropped[:3]}")
         if not self.variants:
             raise ValueError(f"{args.tokens}: nothing to train on; {self.notes}")
 
@@ -195,17 +179,16 @@ def transcript(row: dict, lang_token: bool) -> str:
     return f"<{row['lang']}> {row['text']}" if lang_token else row["text"]
 
 
-def shared_text(rows: list[dict], args: Namespace) -> Text:
-    """Text units of the training transcripts; the first process makes them for all."""
-    model = [None]
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        model = [Text.train(rows, args.units, args.vocab_size, args.lang_token).model]
-    if dist.is_initialized():
-        dist.broadcast_object_list(model)
-    return Text(model[0])
-
-
 # -------------------------------------------------------------------------------------- optimiser
+
+def make_optimisers(model: CodecASR, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for the rest; each keeps its peak learning rate
+    in `defaults`."""
+    matrices = {name: p for name, p in model.named_parameters() if "blocks" in name and p.ndim == 2}
+    others = [p for name, p in model.named_parameters() if name not in matrices]
+    return [Muon(matrices.values(), 2.5 * lr),
+            torch.optim.AdamW(others, lr, betas=(0.9, 0.98), fused=True)]
+
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose steps are made orthogonal: all directions of a matrix learn equally fast.
@@ -218,7 +201,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(matrices, {"lr": lr})
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self):
         for group in self.param_groups:
             for matrix in group["params"]:
                 momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
@@ -231,37 +214,33 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(matrix: Tensor) -> Tensor:
     """About U V^T of the singular value decomposition U S V^T, by Newton-Schulz iterations."""
-    wide = matrix if len(matrix) <= matrix.shape[1] else matrix.T
-    wide = wide / (wide.norm() + 1e-7)
+    if len(matrix) > matrix.shape[1]:
+        return orthogonal(matrix.T).T
+    matrix = matrix / (matrix.norm() + 1e-7)
     for _ in range(5):
-        gram = wide @ wide.T
-        wide = 3.4445 * wide + (-4.7750 * gram + 2.0315 * gram @ gram) @ wide
-    return wide if len(matrix) <= matrix.shape[1] else wide.T
+        gram = matrix @ matrix.T
+        matrix = 3.4445 * matrix + (-4.7750 * gram + 2.0315 * gram @ gram) @ matrix
+    return matrix
 
 
 # --------------------------------------------------------------------------------------- training
 
-def train(args: Namespace) -> None:
+def train(args):
     device, rank, world = start_processes(args.device)
     meta, path = read_meta(args.tokens), Path(args.out) / "asr.pt"
-    if meta["codec_path"] != "encodec":         # relative to the checkpoint that will name it
-        codec = Path(args.tokens) / meta["codec_path"]
-        meta["codec_path"] = os.path.relpath(codec, args.out)
+    # The checkpoint names its codec relative to itself.
+    meta["codec_path"] = os.path.relpath(Path(args.tokens) / meta["codec_path"], args.out)
     saved = load_checkpoint(path) if path.exists() else None
     if saved:
         check_same_run(path, saved, args, meta)
     data = TrainSet(args, meta, saved["text"] if saved else None)
     dev = TokenSet(args.tokens, meta["dev"], args.codebooks)
     model = start_model(args, meta, data).to(device)
-    matrices = [p for name, p in model.named_parameters() if "blocks" in name and p.ndim == 2]
-    others = [p for name, p in model.named_parameters() if "blocks" not in name or p.ndim != 2]
-    optimisers = [Muon(matrices, 2.5 * args.lr),
-                  torch.optim.AdamW(others, args.lr, betas=(0.9, 0.98), fused=True)]
+    optimisers = make_optimisers(model, args.lr)
 
-    state = {"kind": "asr", "text": data.text.model, "epoch": 0, "step": 0, "best": math.inf,
-             "log": []}
+    state = saved or {"kind": "asr", "text": data.units.serialized_model_proto(),
+                      "epoch": 0, "step": 0, "best": math.inf, "log": []}
     if saved:
-        state = saved
         model.load_state_dict(saved["last"])
         for optimiser, values in zip(optimisers, saved["optimisers"]):
             optimiser.load_state_dict(values)
@@ -270,23 +249,20 @@ def train(args: Namespace) -> None:
     dtype = fast_dtype(device)
     if rank == 0:
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"recogniser: {parameters:.1f} M parameters, {len(data.text)} {args.units} units; "
+        print(f"recogniser: {parameters:.1f} M parameters, {len(data.units)} {args.units} units; "
               f"{len(data.variants)} utterances, {len(data.rows)} with copies; epoch "
               f"{state['epoch']} of {args.epochs} on {device}",
               data.notes, rehearse(model, data, device, dtype), sep="\n")
 
     step = state["step"]
     for epoch in range(state["epoch"], args.epochs):
-        began, losses, speech = time.time(), [], 0.0
+        began, losses = time.time(), []
         groups = data.epoch(epoch, ramp(step, args))
         warmup = min(1000, args.epochs * len(groups) / 3)
         for number, group in enumerate(tqdm(groups, f"epoch {epoch + 1}/{args.epochs}", leave=False,
                                             disable=True if rank else None)):
             progress = (epoch + number / len(groups)) / args.epochs
-            cosine = 0.5 + 0.5 * math.cos(math.pi * progress)
-            lr = args.lr * min(1.0, (step + 1) / warmup) * cosine
-            optimisers[0].param_groups[0]["lr"] = 2.5 * lr
-            optimisers[1].param_groups[0]["lr"] = lr
+            decay = 0.5 + 0.5 * math.cos(math.pi * progress)
             model.augment.strength = ramp(step, args)
             torch.manual_seed((args.seed * 1_000_000 + step) * world + rank)    # also on resuming
 
@@ -297,10 +273,11 @@ def train(args: Namespace) -> None:
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimiser in optimisers:
+                peak = optimiser.defaults["lr"]
+                optimiser.param_groups[0]["lr"] = peak * min(1.0, (step + 1) / warmup) * decay
                 optimiser.step()
                 optimiser.zero_grad()
             losses.append(loss.detach())
-            speech += sum(data.rows[i]["duration"] for i in group)
             step += 1
 
         loss = torch.stack(losses).mean() / world
@@ -311,9 +288,10 @@ def train(args: Namespace) -> None:
                              f"last epoch is kept: try a lower --lr")
         if rank:
             continue
+        speech = sum(data.rows[i]["duration"] for group in groups for i in group)
         row = {"epoch": epoch + 1, "step": step, "loss": loss.item(),
                "speech_per_second": speech / (time.time() - began)}
-        row["dev_wer"], row["dev_cer"] = evaluate(model, dev, data.text, data.frames, device)
+        row["dev_wer"], row["dev_cer"] = evaluate(model, dev, data.units, data.frames, device)
         print("epoch {epoch} | step {step} | loss {loss:.3f} | dev CER {dev_cer:.1%} | dev WER "
               "{dev_wer:.1%} | {speech_per_second:.0f} s of speech a second".format(**row),
               flush=True)
@@ -339,10 +317,10 @@ def build_model(flags: dict, meta: dict, vocab_size: int) -> CodecASR:
                     flags["size"], flags["subsampling"], flags["dropout"])
 
 
-def start_model(args: Namespace, meta: dict, data: TrainSet) -> CodecASR:
+def start_model(args, meta: dict, data: TrainSet) -> CodecASR:
     """A new model, the same in all processes, its tables as --embedding says."""
     torch.manual_seed(args.seed)
-    model = build_model(vars(args), meta, len(data.text))
+    model = build_model(vars(args), meta, len(data.units))
     books = None
     if meta["codebooks"] and args.embedding != "random":
         books = torch.from_numpy(np.load(Path(args.tokens) / "codebooks.npy", allow_pickle=False))
@@ -355,7 +333,7 @@ def start_model(args: Namespace, meta: dict, data: TrainSet) -> CodecASR:
     return model
 
 
-def ramp(step: int, args: Namespace) -> float:
+def ramp(step: int, args) -> float:
     """The curriculum: 0 at the first step, 1 from --curriculum on."""
     return min(1.0, step / args.curriculum) if args.curriculum else 1.0
 
@@ -390,28 +368,34 @@ def rehearse(model: CodecASR, data: TrainSet, device, dtype) -> str:
     group = data.epoch(0, 1.0)[-1]
     with FlopCounterMode(display=False) as counter:
         ctc_loss(model, data, group, device, dtype).backward()
-    square = torch.randn(2048, 2048, device=device, dtype=dtype)
-    square @ square
-    times = [time.perf_counter()]
-    ctc_loss(model, data, group, device, dtype).backward()
-    model.project.bias.grad.sum().item()            # waits for a GPU
-    times.append(time.perf_counter())
-    (square @ square).sum().item()
-    times.append(time.perf_counter())
+    step = seconds(lambda: ctc_loss(model, data, group, device, dtype).backward())
     model.zero_grad()
-    step, product = np.diff(times)
+    square = torch.randn(2048, 2048, device=device, dtype=dtype)
+    product = seconds(lambda: square @ square)
     speed = sum(data.rows[i]["duration"] for i in group) / step
     share = counter.get_total_flops() / step / (2 * 2048 ** 3 / product)
     return f"{speed:.0f} s of speech a second, {share:.0%} of the {dtype} matrix products possible"
 
 
+def seconds(function) -> float:
+    """Median time of three calls, after one that does not count."""
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return float(np.median(times[1:]))
+
+
 @torch.inference_mode()
-def evaluate(model: CodecASR, dev: TokenSet, text: Text, frames: int, device) -> tuple:
+def evaluate(model: CodecASR, dev: TokenSet, units, frames: int, device) -> tuple:
     """Greedy decoding -> WER, CER; language tokens do not count as text."""
     model.eval()
     refs, hyps = [], []
     for group in dev.batches(range(len(dev.rows)), 2 * frames):
-        found = text.greedy(*model(*dev.take(group, device)))
+        found = greedy(units, *model(*dev.take(group, device)))
         hyps += [split_language(hyp)[1] for hyp in found]
         refs += [dev.rows[i]["text"] for i in group]
     model.train()
@@ -421,7 +405,7 @@ def evaluate(model: CodecASR, dev: TokenSet, text: Text, frames: int, device) ->
 # ------------------------------------------------------------------------------- files and devices
 # Some of this stands in codec.py, too: this stage needs nothing of the codec but what is on disk.
 
-def save(path: Path, checkpoint: dict) -> None:
+def save(path: Path, checkpoint: dict):
     """Write the checkpoint, and its log beside it: whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
@@ -447,21 +431,21 @@ def load_checkpoint(path: str | Path) -> dict:
     return saved
 
 
-def check_same_run(path: Path, saved: dict, args: Namespace, meta: dict) -> None:
+def check_same_run(path: Path, saved: dict, args, meta: dict):
     """A run resumes only with the flags and the tokens that it began with; --epochs may grow."""
-    before, now = saved["meta"] | saved["flags"], meta | vars(args)
-    before["noise_seed"], now["noise_seed"] = saved["meta"]["seed"], meta["seed"]
-    for name in (*vars(args), "corpus", "train", "dev", "noise", "snr", "noise_seed"):
-        free = name in ("device", "out", "tokens") or name == "epochs" and now[name] > before[name]
-        if now[name] != before[name] and not free:
-            raise ValueError(f"{path} was trained with --{name.replace('_', '-')} {before[name]}, "
-                             f"not {now[name]}: give another --out, or delete it")
-    check_same_tokens(path, saved["meta"], args.tokens, meta)
+    for name, now in vars(args).items():
+        before = saved["flags"][name]
+        free = name in ("device", "out", "tokens") or name == "epochs" and now > before
+        if now != before and not free:
+            raise ValueError(f"{path} was trained with --{name.replace('_', '-')} {before}, "
+                             f"not {now}: give another --out, or delete it")
+    names = ["corpus", "train", "dev", "noise", "snr", "seed"]
+    check_same_tokens(path, saved["meta"], args.tokens, meta, names)
 
 
-def check_same_tokens(path: str | Path, trained: dict, tokens: str | Path, found: dict) -> None:
+def check_same_tokens(path: str | Path, trained: dict, tokens: str | Path, found: dict, more=()):
     """A recogniser reads only what it was trained on: the same features of the same codec."""
-    for name in ("features", "codec", "hop", "codebooks"):
+    for name in ("features", "codec", "hop", "codebooks", *more):
         if trained[name] != found[name]:
             raise ValueError(f"{path} was trained on {name} {trained[name]}, but {tokens} holds "
                              f"{found[name]}: give its own tokens or codec, or another run")
@@ -469,11 +453,11 @@ def check_same_tokens(path: str | Path, trained: dict, tokens: str | Path, found
 
 def start_processes(name: str) -> tuple[torch.device, int, int]:
     """-> device, rank, number of processes: more than one where torchrun started this script."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if name == "auto":
-        name = "cuda" if cuda else "mps" if mps else "cpu"
-    if (name == "cuda" and not cuda) or (name == "mps" and not mps):
+    found = torch.accelerator.current_accelerator(check_available=True)
+    best = found.type if found else "cpu"
+    if name not in ("auto", "cpu", best):
         raise ValueError(f"--device {name}: not available here; try --device cpu")
+    name = best if name == "auto" else name
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=12))
@@ -489,7 +473,7 @@ class HelpPage(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
     """Keeps the line breaks of the file's docstring, and shows the defaults."""
 
 
-def parse(arguments: list[str] | None = None) -> Namespace:
+def parse(arguments=None):
     parser = ArgumentParser(description=__doc__, formatter_class=HelpPage)
     add = parser.add_argument
     add("--tokens", default="runs/tokens", help="folder that tokenize_corpus.py wrote")
@@ -522,14 +506,12 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
     add("--out", default="runs/asr", help="folder to write")
     args = parser.parse_args(arguments)
-    if min(args.epochs, args.batch, args.lr, args.vocab_size) <= 0:
-        parser.error("--epochs, --batch, --lr and --vocab-size must be above 0")
-    if not (0 <= args.replace <= 1 and 0 <= args.dropout < 1):
-        parser.error("--replace and --dropout are shares, from 0 to 1")
+    if min(args.epochs, args.batch, args.lr) <= 0:
+        parser.error("--epochs, --batch and --lr must be above 0")
     return args
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments=None):
     args = parse(arguments)
     try:
         train(args)
