@@ -59,8 +59,8 @@ SIZES = {
 # ---------------------------------------------------------------------------------------- encoders
 
 def conv(channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> nn.Module:
-    """T steps in give T / stride steps out. The kernel grows by one where padding needs it."""
-    kernel += (kernel - stride) % 2
+    """T steps in give T / stride steps out. The kernel shrinks by one where padding needs it."""
+    kernel -= (kernel - stride) % 2
     return nn.Conv1d(channels_in, channels_out, kernel, stride, padding=(kernel - stride) // 2)
 
 
@@ -77,7 +77,7 @@ class Residual(nn.Module):
 
 
 class LogMel(nn.Module):
-    """wav (B, S) -> log of mel energies (B, M, S / hop), each frame centred on its start."""
+    """wav (B, S) -> log of mel energies (B, M, S / hop); frame t is centred on sample t * hop."""
 
     def __init__(self, n_fft: int, hop: int, n_mels: int):
         super().__init__()
@@ -101,7 +101,7 @@ class MelEncoder(nn.Module):
     The final BatchNorm spreads every dimension of the latent over the quantizer's range, so that
     the codes are in use from the first step. In evaluation it is a fixed scale.
     """
-    window = 400        # token frames encoded at once: bounds memory, and stays in the cache
+    window = 600        # token frames encoded at once: bounds memory
 
     def __init__(self, dim: int, strides: list[int], mel_channels: int, blocks: int, **_):
         super().__init__()
@@ -124,12 +124,13 @@ class TimeEncoder(nn.Module):
     Each stride shortens the time axis and doubles the channels; a residual unit refines the result.
     SEANet's first convolution and residual unit, at the full sample rate, cost most: left out.
     Four departures let it learn within minutes the energy in bands of frequency, which a log-mel
-    spectrum gives for free: LeakyReLU, which rectifies however quiet the sound is (ELU is nearly a
-    straight line around 0); He initialisation, which keeps the size of the signal from layer to
-    layer; a LayerNorm of each frame, so that quiet frames are not all rounded to one code; and two
-    wide residual units at the token rate, where they are cheap.
+    spectrum gives for free:
+    - LeakyReLU, which rectifies however quiet the sound is. ELU is nearly a straight line around 0.
+    - He initialisation, which keeps the size of the signal from layer to layer.
+    - A LayerNorm of each frame, so that quiet frames are not all rounded to one code.
+    - Two wide residual units at the token rate, where they are cheap.
     """
-    window = 120        # token frames encoded at once: bounds memory, and stays in the cache
+    window = 200        # token frames encoded at once: bounds memory
     context = 8         # token frames seen on each side: 3 in the last layers, the rest below them
 
     def __init__(self, dim: int, strides: list[int], time_channels: int, **_):
@@ -498,7 +499,7 @@ def start_codebooks(codec: Codec, crops: Crops):
 
 
 def update(loss: Tensor, optimiser: torch.optim.Optimizer, lr: float):
-    """One step down. Gradients are clipped, so that a click in one file does no harm."""
+    """One optimiser step. Gradients are clipped, so that a click in one file does no harm."""
     parameters = optimiser.param_groups[0]["params"]
     optimiser.param_groups[0]["lr"] = lr
     optimiser.zero_grad()
@@ -558,7 +559,7 @@ def save(path: Path, checkpoint: dict):
 
 @torch.inference_mode()
 def report(codec: Codec, files: list[Path], out: Path):
-    """Mel distance, usage and perplexity on whole dev utterances; printed, and in report.json."""
+    """Mel distance, usage and perplexity on the first 30 s of each file; also in report.json."""
     device = next(codec.parameters()).device
     codec.eval()
     mel_distance, distances, tokens = MelDistance().to(device), [], []
@@ -594,11 +595,10 @@ def reconstruct(args):
     part = Path(target).with_stem(".part")
     try:
         sf.write(part, made.numpy(), SAMPLE_RATE)
-    except (sf.LibsndfileError, TypeError):
+    except (RuntimeError, TypeError):
         raise ValueError(f"{target}: not a name of audio; try one ending in .wav or .flac")
     os.replace(part, target)
-    print(f"{source}: {len(wav) / SAMPLE_RATE:.1f} s -> {tokens.numel()} tokens, "
-          f"{codec.bitrate / 1000:.1f} kbit/s -> {target}")
+    print(f"wrote {target}: {tokens.numel()} tokens, {codec.bitrate / 1000:.1f} kbit/s")
 
 
 # ------------------------------------------------------------------------------- files and devices
@@ -679,7 +679,7 @@ def read_audio(path: str | Path, seconds: float | None = None, at: float = 0.0) 
             while left > 0 and len(block := file.read(min(left, 1 << 20), "float32", True)):
                 blocks.append(block.mean(1))
                 left -= len(block)
-    except (sf.LibsndfileError, OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         raise ValueError(f"{path}: not readable as audio ({str(error).splitlines()[0]})")
     wav = np.concatenate(blocks)
     if not len(wav):
@@ -757,7 +757,7 @@ def read_manifest(path: Path) -> tuple[list[dict], list[str]]:
     for number, line in enumerate(path.read_text("utf-8-sig", errors="replace").split("\n"), 1):
         try:
             row = json.loads(line)
-            Path(row["audio_filepath"])
+            Path(row["audio_filepath"]).with_suffix("")
             rows.append(row)
         except (ValueError, KeyError, TypeError):
             if line.strip():
@@ -800,7 +800,7 @@ def parse(arguments=None):
         help="encode and decode one file with the codec in --out, then stop")
     args = parser.parse_args(arguments)
     if min(args.codebooks, args.codebook_size, args.steps, args.batch, args.crop, args.lr) <= 0:
-        parser.error("--codebooks, --codebook-size, --steps, --batch, --crop, --lr are above 0")
+        parser.error("--codebooks, --codebook-size, --steps, --batch, --crop, --lr must be above 0")
     if min(args.strides) < 1 or math.prod(args.strides) % 2:
         parser.error("--strides: the product must be even")
 
@@ -978,7 +978,8 @@ def make_synthetic(root: Path):
         part = root / f".{subset}.part"             # renamed when whole: never half a subset
         shutil.rmtree(part, ignore_errors=True)
         for n in tqdm(range(UTTERANCES[subset]), f"making {root / subset}", disable=None):
-            speaker, number = voices[n % len(voices)], n // len(voices)
+            number, index = divmod(n, len(voices))
+            speaker = voices[index]
             rng = np.random.default_rng([speaker, number])
             words = rng.choice(list(LEXICON), rng.integers(3, 8))
             chapter = part / str(speaker) / "1"

@@ -38,8 +38,8 @@ from asr_model import CodecASR
 from codec import (SAMPLE_RATE, Codec, HelpPage, LogMel, pick_device, read_audio,
                    write_atomically)
 from tokenize_corpus import FrontEnd, Noise, Utterance
-from train_asr import (TokenSet, build_model, check_same_tokens, greedy, load_checkpoint,
-                       read_meta, seconds, split_language, transcript)
+from train_asr import (TokenSet, build_model, check_same_tokens, frames_needed, greedy,
+                       load_checkpoint, read_meta, seconds, split_language, transcript)
 
 
 # ------------------------------------------------------------------------------------- recognising
@@ -68,8 +68,8 @@ class Recogniser:
     def log_probs(self, array: Tensor) -> Tensor:
         """A recording of any length, (T, Q) or (T, D) -> (1, T', V), in bounded memory.
 
-        What is longer than a minute goes through in windows. They overlap by ten seconds, of which
-        each gives half, so that no word at a seam is lost or repeated.
+        Recordings longer than 50 seconds go through in windows. They overlap by ten seconds, of
+        which each gives half, so that no word at a seam is lost or repeated.
         """
         factor = self.flags["subsampling"]
         second = round(self.meta["sample_rate"] / self.meta["hop"] / factor)    # in output frames
@@ -82,6 +82,15 @@ class Recogniser:
             parts.append(log_probs[:, start - first:start - first + 50 * second].cpu())
         return torch.cat(parts, 1)
 
+    def tokens(self, args) -> tuple[str, list[str]]:
+        """-> the folder of its tokens, the subsets to judge it on."""
+        folder = args.tokens or self.flags["tokens"]
+        found = read_meta(folder)
+        check_same_tokens(self.path, self.meta, folder, found)
+        if not (args.test or found["test"]):
+            raise ValueError(f"{folder}: has no test subset; name another one with --test")
+        return folder, args.test or found["test"]
+
     def recognise(self, array: Tensor) -> str:
         """A recording (T, Q) or (T, D) -> its text."""
         log_probs = self.log_probs(array)
@@ -89,10 +98,6 @@ class Recogniser:
             best = self.beam_search(log_probs)[0]
             return " ".join(best[0].words) if best else ""
         return greedy(self.units, log_probs, torch.tensor([log_probs.shape[1]]))[0]
-
-    def score(self, rows: list[dict], arrays: list[Tensor]) -> "Score":
-        progress = tqdm(arrays, "recognising", leave=False, disable=None)
-        return Score(rows, [self.recognise(array) for array in progress])
 
 
 def beam_search(units: SentencePieceProcessor, args):
@@ -219,9 +224,9 @@ def percent(summary: dict, name: str) -> str:
 
 
 def table(header: list[str], rows: list[list]) -> str:
-    """A Markdown table."""
+    """A Markdown table; what a row has more than the header is left out."""
     lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+    return "".join(f"| {' | '.join(map(str, line[:len(header)]))} |\n" for line in lines)
 
 
 def save_report(args, name: str, report: dict, page: str) -> Path:
@@ -242,52 +247,41 @@ def save_report(args, name: str, report: dict, page: str) -> Path:
 def evaluate(args):
     """Judge one run, or compare several, on the test subsets: clean, and in noise."""
     paths = {folder: Path(folder) / "asr.pt" for folder in args.compare} or {args.asr: args.asr}
-    report, rows, first, page = {}, [], {}, ""
-    learning, rates, curves, languages = {}, {}, {}, {}     # for the pictures
+    report, rows, first, subsets, page = {}, [], {}, [], ""
     for name, path in paths.items():
         run = Recogniser(path, args)
-        tokens, meta = args.tokens or run.flags["tokens"], run.meta
-        found = read_meta(tokens)
-        check_same_tokens(path, meta, tokens, found)
-        bitrate = meta["bitrate"] * run.model.num_codebooks / max(1, meta["codebooks"])
-        report[name] = {"flags": run.flags, "meta": meta, "bitrate": bitrate, "log": run.log,
+        folder, tested = run.tokens(args)
+        subsets = subsets or tested                     # those of the first run
+        bitrate = run.meta["bitrate"] * run.model.num_codebooks / max(1, run.meta["codebooks"])
+        report[name] = {"flags": run.flags, "meta": run.meta, "bitrate": bitrate, "log": run.log,
                         "test": {}}
-        learning[name] = {row["epoch"]: 100 * row["dev_cer"] for row in run.log}
-        for subset in args.test or found["test"]:
-            data = TokenSet(tokens, [subset])
+        for subset in subsets:
+            data = TokenSet(folder, [subset])
             for kind, snr, arrays in conditions(run, data, args):
                 test = f"{subset}, {kind} {snr:g} dB" if kind else subset
-                score = run.score(data.rows, arrays)
-                summary = score.summary(args.seed)
+                progress = tqdm(arrays, test, leave=False, disable=None)
+                score = Score(data.rows, [run.recognise(array) for array in progress])
                 base = first.setdefault(test, score)
                 if score.refs != base.refs:
                     raise ValueError(f"{name}: its {subset} holds other utterances than that of "
                                      f"{args.compare[0]}")
                 low, high = difference(score, base, args.seed)
-                report[name]["test"][test] = summary | {"cer_minus_first": [low, high]}
+                summary = score.summary(args.seed) | {
+                    "subset": subset, "noise": kind, "snr": snr, "cer_minus_first": [low, high]}
+                report[name]["test"][test] = summary
                 rows.append([name, test, summary["utterances"], percent(summary, "wer"),
                              percent(summary, "cer"), f"{100 * low:+.1f} to {100 * high:+.1f}"])
-                if bitrate:
-                    rates.setdefault(name, {bitrate / 1000: 100 * summary["cer"]})
-                if kind:
-                    curves.setdefault(f"{name}, {subset}, {kind}", {})[snr] = 100 * summary["cer"]
-                elif not args.compare:
+                if not kind and not args.compare:
                     page += f"\n{subset}\n{remarks(score, summary)}"
-                if "cer_by_language" in summary:
-                    languages[name] = summary["cer_by_language"]
-    header = ["run", "test", "utterances", "WER % (95 %)", "CER % (95 %)",
-              "CER minus the first run's (95 %)"]
+    header = ["run", "test", "utterances", "WER % (95 %)", "CER % (95 %)"]
+    if args.compare:
+        header.append("CER minus the first run's (95 %)")
     page += "\n" + table(header, rows)
     out = save_report(args, "compare" if args.compare else "report", {"runs": report}, page)
     if args.plots:
         wav = read_audio(data.rows[0]["audio"])
         plot_utterance(run, wav, data.arrays[0], out / "utterance.png")
-        plot_curves(out / "compare.png", (learning, "epoch", "dev CER %"),
-                    (rates, "kbit/s", "CER %, first subset"))
-        if curves:
-            plot_curves(out / "noise.png", (curves, "signal-to-noise ratio, dB", "CER %"))
-        if languages:
-            plot_bars(languages, out / "languages.png")
+        plot_report(report, out)
 
 
 def conditions(run: Recogniser, data: TokenSet, args) -> Iterator[tuple]:
@@ -335,21 +329,24 @@ def content(args):
     meta, flags = recogniser.meta, recogniser.flags
     if not meta["codebooks"] or flags["subsampling"] > 1:
         raise ValueError(f"{args.asr}: --content needs a run on tokens, without subsampling")
-    data = TokenSet(args.tokens or flags["tokens"], args.test or meta["test"])
+    data = TokenSet(*recogniser.tokens(args))
     names = sorted({row["speaker"] for row in data.rows})
-    labels = {"character": [], "speaker": []}               # of each utterance: (T,)
+    tokens, labels = [], {"character": [], "speaker": []}   # of each utterance: (T, Q), (T,)
     for row, array in zip(data.rows, data.arrays):
-        target = recogniser.units.encode(transcript(row, flags["lang_token"]))
-        labels["character"].append(align(recogniser.log_probs(array), [i for i in target if i]))
-        labels["speaker"].append(np.full(len(array), names.index(row["speaker"])))
-    order = np.random.default_rng(args.seed).permutation(len(data.rows))
+        target = torch.tensor(recogniser.units.encode(transcript(row, flags["lang_token"])))
+        target = target[target != 0]
+        if 0 < frames_needed(target) <= len(array):
+            tokens.append(array.numpy().astype(int))
+            labels["character"].append(align(recogniser.log_probs(array), target))
+            labels["speaker"].append(np.full(len(array), names.index(row["speaker"])))
+    order = np.random.default_rng(args.seed).permutation(len(tokens))
     rows, shares = [], {}
     for name, found in labels.items():
         right, wrong = np.concatenate(found), np.concatenate([found[i] for i in order])
         shares[name] = {}
-        for level, codes in enumerate(torch.cat(data.arrays).T.numpy().astype(int), 1):
+        for level, codes in enumerate(np.concatenate(tokens).T, 1):
             bits = entropy(codes, wrong) - entropy(codes, right)
-            share = bits / entropy(right)
+            share = bits / (entropy(right) or 1)            # a single speaker has no entropy
             shares[name][str(level)] = share
             rows.append([name, level, f"{bits:.2f}", f"{share:.0%}"])
     header = ["label", "codebook", "bits", "share of the label's entropy"]
@@ -359,13 +356,13 @@ def content(args):
         plot_bars(shares, out / "content.png")
 
 
-def align(log_probs: Tensor, target: list[int]) -> np.ndarray:
+def align(log_probs: Tensor, target: Tensor) -> np.ndarray:
     """Forced alignment of one utterance, (1, T, V) -> the nearest text unit of each frame, (T,)."""
-    path, _ = torchaudio.functional.forced_align(log_probs, torch.tensor([target]), blank=0)
-    units = path[0].numpy()
-    said = np.flatnonzero(units)
+    path, _ = torchaudio.functional.forced_align(log_probs, target[None], blank=0)
+    path = path[0].numpy()
+    said = np.flatnonzero(path)
     middles = (said[1:] + said[:-1]) / 2
-    return units[said[np.searchsorted(middles, np.arange(len(units)))]]
+    return path[said[np.searchsorted(middles, np.arange(len(path)))]]
 
 
 # ------------------------------------------------------------------------------------------- speed
@@ -396,7 +393,6 @@ def benchmark(args):
             report[f"training, {name}"] = 60 / seconds(step)
     rows = [[what, f"{speed:.0f}"] for what, speed in report.items()]
     save_report(args, "benchmark", {"speech a second": report}, table(["what", "s / s"], rows))
-
 
 
 # ---------------------------------------------------------------------------------------- pictures
@@ -436,14 +432,36 @@ def plot_utterance(recogniser: Recogniser, wav: Tensor, array: Tensor, path: Pat
     fig.savefig(path)
 
 
-def plot_curves(path: Path, *panels: tuple):
-    """Panels one below the other, each of {label: {x: y}}, name of x, name of y."""
-    fig, axes = figure(len(panels), 3.2)
-    for axis, (curves, xlabel, ylabel) in zip(axes, panels):
-        for label, points in curves.items():
-            axis.plot(points.keys(), points.values(), marker="o", label=label)
-        axis.set(xlabel=xlabel, ylabel=ylabel)
-        axis.legend()
+def plot_report(report: dict, out: Path):
+    """CER by epoch, by bits a second, by noise and by language, as far as the report has them."""
+    epochs, bits, noise, languages = {}, {}, {}, {}
+    for name, run in report.items():
+        epochs[name] = {row["epoch"]: 100 * row["dev_cer"] for row in run["log"]}
+        for summary in run["test"].values():
+            cer, label = 100 * summary["cer"], f"{name}, {summary['subset']}"
+            if summary["noise"]:
+                noise.setdefault(f"{label}, {summary['noise']}", {})[summary["snr"]] = cer
+                continue
+            if run["bitrate"]:
+                bits[label] = {run["bitrate"] / 1000: cer}
+            if "cer_by_language" in summary:
+                languages[label] = summary["cer_by_language"]
+    plot_curves(out / "epochs.png", epochs, "epoch", "dev CER %")
+    if bits:
+        plot_curves(out / "bits.png", bits, "kbit/s", "CER %")
+    if noise:
+        plot_curves(out / "noise.png", noise, "signal-to-noise ratio, dB", "CER %")
+    if languages:
+        plot_bars(languages, out / "languages.png")
+
+
+def plot_curves(path: Path, curves: dict[str, dict[float, float]], xlabel: str, ylabel: str):
+    """{label: {x: y}}."""
+    fig, (axis,) = figure(1, 3.2)
+    for label, points in curves.items():
+        axis.plot(points.keys(), points.values(), marker="o", label=label)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.legend()
     fig.savefig(path)
 
 
@@ -488,7 +506,6 @@ def parse(arguments=None):
     args = parser.parse_args(arguments)
     if args.snr and not args.noise:
         parser.error("--snr is for --noise")
-
     if sum(map(bool, (args.audio, args.compare or args.noise, args.content, args.benchmark))) > 1:
         parser.error("--audio, --content, --benchmark and --compare or --noise: one at a time")
     return args

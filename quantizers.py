@@ -74,8 +74,6 @@ class ResidualVQ(nn.Module):
         """latent (B, D, T) -> Quantized. In training, the codebooks learn from it."""
         batch, _, time = latent.shape
         frames = latent.float().transpose(1, 2).reshape(-1, self.dim)       # (N, D)
-        if self.training and not self.ema_count.any():
-            self.initialise(frames.detach())
         depth = self.random_depth(batch, latent.device).repeat_interleave(time)     # (N,)
 
         # The residuals are detached: every level's commitment loss then reaches the encoder once,
@@ -144,7 +142,10 @@ class ResidualVQ(nn.Module):
             self.ema_count[level] = 1.0
 
     def sums(self, frames: Tensor, index: Tensor, weight=None) -> tuple[Tensor, Tensor]:
-        """Frames a code and their sum: frames (N, D), index (N,), weight (N,) -> (K,), (K, D)."""
+        """Number and sum of the frames of each code.
+
+        frames (N, D), index (N,), weight (N,) -> (K,), (K, D).
+        """
         weight = torch.ones_like(frames[:, 0]) if weight is None else weight
         count = frames.new_zeros(self.codebook_size).index_add_(0, index, weight)
         total = frames.new_zeros(self.codebook_size, self.dim)
@@ -210,12 +211,12 @@ class GroupFSQ(nn.Module):
         self.register_buffer("width", width, persistent=False)
         self.register_buffer("basis", basis, persistent=False)
 
-    @torch.autocast("cuda", enabled=False)
     def forward(self, latent: Tensor) -> Quantized:
         """latent (B, D, T) -> Quantized."""
         soft = self.digits(latent)                                          # (B, T, Q, d)
         hard = soft + (soft.round() - soft).detach()        # straight-through, with tanh's gradient
         tokens = self.index(soft.detach())
+        # At 3.0 more codes are in use, and the mel distance is lower, than at 0.1 or 0.5.
         return Quantized(self.values(hard), tokens, 3.0 * redundancy(latent.float()))
 
     def encode(self, latent: Tensor) -> Tensor:
@@ -265,8 +266,7 @@ def redundancy(latent: Tensor) -> Tensor:
     Left alone, FSQ's groups come to say the same thing: 8 of 32 dimensions carried most of the
     variance. No published recipe that we know of has this term.
     """
-    frames = latent.transpose(1, 2).flatten(0, 1)                           # (N, D)
-    frames = frames - frames.mean(0)
-    frames = frames / (frames.square().sum(0).sqrt() + 1e-6)
-    correlation = frames.T @ frames                                         # (D, D)
+    covariance = torch.cov(latent.transpose(0, 1).flatten(1), correction=0)         # (D, D)
+    scale = covariance.diagonal().clamp(min=1e-6).rsqrt()
+    correlation = covariance * scale * scale[:, None]
     return correlation.fill_diagonal_(0).square().mean()

@@ -26,6 +26,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import jiwer
@@ -465,6 +466,36 @@ def test_token_folder_holds_what_the_recogniser_needs():
             assert row["frames"] == len(array) and row["duration"] == round(len(wav) / 16_000, 3)
 
 
+class StandIn(torch.nn.Module):
+    """EnCodec's interface, without its weights: the codes are the loudness of each frame."""
+    sample_rate, encoder = 24_000, SimpleNamespace(ratios=[8, 5, 4, 2])
+    encodec_model_24khz = classmethod(lambda cls: cls())
+
+    def __init__(self):
+        super().__init__()
+        layer = SimpleNamespace(_codebook=SimpleNamespace(embed=torch.ones(1024, 128)))
+        self.quantizer = SimpleNamespace(vq=SimpleNamespace(layers=[layer] * 32))
+
+    def set_target_bandwidth(self, kbps: float):
+        self.books = int(kbps / 0.75)
+
+    def encode(self, wav: torch.Tensor) -> list[tuple]:
+        frames = torch.nn.functional.pad(wav, (0, -wav.shape[2] % 320)).unflatten(2, (-1, 320))
+        codes = (frames.abs().mean(3) * 1000).long()                        # (1, 1, T)
+        return [(codes.repeat(1, self.books, 1), None)]
+
+
+def test_encodec_gives_eight_codebooks_at_75_hz():
+    with mock.patch.dict(sys.modules, encodec=SimpleNamespace(EncodecModel=StandIn)):
+        out = tokenize(new_folder() / "tokens", "--codec", "encodec")
+        run(train_asr, "--tokens", out, "--epochs", 1, "--subsampling", 2, "--out", out / "asr")
+        front_end = Recogniser(out / "asr" / "asr.pt", EVALUATE).front_end(None)
+    row = read_rows(out / "test.jsonl")[0]
+    array = front_end(read_audio(row["audio"]))
+    assert np.array_equal(np.load(out / row["array"]), array)
+    assert array.shape == (math.ceil(row["duration"] * 75), 8) and len(np.unique(array)) > 9
+
+
 @cache
 def tokens_with_copies() -> Path:
     return tokenize(new_folder(), "--features", "mel", "--hop", 160, "--speeds", 0.5,
@@ -675,7 +706,8 @@ def test_epochs_may_grow_and_other_flags_and_tokens_may_not_change():
 
 SCRIPT = """
 import os, sys, torch, codec, train_asr
-dist, start = torch.distributed, torch.distributed.init_process_group
+dist = torch.distributed
+start, stop = dist.init_process_group, dist.destroy_process_group
 dist.init_process_group = lambda *args, **more: dist.is_initialized() or start(*args, **more)
 dist.destroy_process_group = lambda: None       # two stages in one process
 
@@ -691,6 +723,8 @@ codec.main(["--corpus", corpus, "--quantizer", "rvq", "--codebooks", "2", "--cod
             "--steps", "3", "--batch", "4", "--device", "cpu", "--out", out + "/codec"])
 torch.save({"model": Kept.made.quantizer.state_dict()}, out + f"/books{os.environ['RANK']}.pt")
 train_asr.main([*flags, "--device", "cpu", "--out", out + "/asr"])
+dist.barrier()
+stop()
 """
 
 

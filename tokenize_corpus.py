@@ -3,7 +3,7 @@
 in   a corpus with transcripts, and runs/codec/codec.pt
 out  runs/tokens/meta.json              which codec, frame rate, Q, K, D, subsets
      runs/tokens/codebooks.npy          (Q, K, D) float32: the recogniser's embedding starts here
-     runs/tokens/<subset>.jsonl         a row an utterance: id, text, lang, speaker, duration, ...
+     runs/tokens/<subset>.jsonl         one row per utterance: id, text, lang, speaker, ...
      runs/tokens/<subset>/<id>.npy      tokens (T, Q) int16
      runs/tokens/<subset>.skipped.txt   what could not be used, and why
 
@@ -22,6 +22,7 @@ import re
 import sys
 from argparse import ArgumentParser
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,18 +67,17 @@ def read_subset(folders: list[Path], subset: str) -> tuple[list[Utterance], list
             found = read_librispeech(folder, subset, skipped)
         for item in found:
             try:
-                if not item.text or item.id in kept:
-                    raise ValueError(f"empty transcript, or {item.id} is the id of another file")
-                info = sf.info(item.audio)
-                seconds = info.frames / info.samplerate
+                if not item.text:
+                    raise ValueError("its transcript is empty")
+                if item.id in kept:
+                    raise ValueError(f"{kept[item.id].audio} has the same id")
+                seconds = sf.info(item.audio).duration
                 if 0 < item.duration < 0.8 * seconds:
                     raise ValueError(f"its row is a piece of {seconds:.1f} s: cut it out first")
                 kept[item.id] = item._replace(duration=seconds)
-            except (ValueError, TypeError, ZeroDivisionError, OSError,
-                    sf.LibsndfileError) as error:
+            except (ValueError, TypeError, ZeroDivisionError, OSError, RuntimeError) as error:
                 skipped.append(f"{str(item.audio)!a}: {str(error).splitlines()[0]}")
     return list(kept.values()), skipped
-
 
 
 def read_librispeech(folder: Path, subset: str, skipped: list[str]) -> Iterator[Utterance]:
@@ -102,7 +102,7 @@ def read_rows(manifest: Path, skipped: list[str]) -> Iterator[Utterance]:
         # The id becomes a file name: it must be short, and cannot lead out of --out.
         name = re.sub(r"[^\w-]+", "-", str(audio.with_suffix("")))[-60:].strip("-")
         text, lang, speaker = (str(row.get(key) or "") for key in ("text", "lang", "speaker"))
-        # A row with an offset is a piece of a file: any duration is then too short.
+        # A row with an offset is a piece of a file: a tiny duration makes read_subset refuse it.
         seconds = 1e-9 if row.get("offset") else row.get("duration") or 0
         yield Utterance(name, " ".join(text.split()), lang, speaker, manifest.parent / audio,
                         seconds)
@@ -127,7 +127,7 @@ class Noise:
 
     def __init__(self, kinds: list[str], snr: list[float], speech: list[Utterance], seed: int):
         """kinds: white, pink, babble or folders; snr: LOW HIGH in dB; speech: babble mixes it."""
-        self.kinds, self.snr, self.speech, self.seed = kinds, snr, speech, seed
+        self.kinds, self.snr, self.speech, self.seed = kinds, sorted(snr), speech, seed
         self.files = {kind: find_audio(Path(kind), ".") for kind in kinds}
         for kind, files in self.files.items():
             if not files and kind not in ("white", "pink", "babble"):
@@ -212,7 +212,7 @@ class FrontEnd:
     """Turns audio into the recogniser's input: a codec's tokens, its latent, or log-mel."""
 
     def __init__(self, features: str, codec_path: str | Path, hop: int, device: str):
-        """features: tokens, latent or mel; hop: of log-mel, as a codec has its own."""
+        """features: tokens, latent or mel; hop of log-mel: a codec has its own."""
         self.features, self.device = features, device
         self.meta = {"features": features, "sample_rate": SAMPLE_RATE, "hop": hop,
                      "codebooks": 0, "codebook_size": 0, "bitrate": 0}
@@ -223,11 +223,10 @@ class FrontEnd:
         own = Path(codec_path).name != "encodec"
         codec = Codec.load(codec_path, device) if own else Encodec(device)
         self.quantizer = codec.quantizer
-        self.encode = codec.latent
+        self.encode = codec.encode if features == "tokens" else codec.latent
         self.meta |= {"codec": codec.fingerprint, "sample_rate": codec.sample_rate,
                       "hop": codec.hop, "dim": self.quantizer.dim}
         if features == "tokens":
-            self.encode = codec.encode
             self.meta |= {"codebooks": self.quantizer.num_codebooks, "bitrate": codec.bitrate,
                           "codebook_size": self.quantizer.codebook_size}
 
@@ -240,26 +239,16 @@ class FrontEnd:
         return array.to(torch.int16 if self.features == "tokens" else torch.float16).numpy()
 
 
-class Recordings:
-    """Reads utterances, at their speed and with their noise, in worker processes."""
-
-    def __init__(self, utterances: list[Utterance], noise: Noise):
-        self.utterances, self.noise = utterances, noise
-
-    def __len__(self) -> int:
-        return len(self.utterances)
-
-    def __getitem__(self, index: int) -> Tensor | str:
-        """-> wav (S,), or why it cannot be read."""
-        item = self.utterances[index]
-        try:
-            wav = read_audio(item.audio)
-            if item.speed != 1.0:       # as sox does it: faster is also higher
-                rate = round(SAMPLE_RATE * item.speed / 100)
-                wav = torchaudio.functional.resample(wav, rate, SAMPLE_RATE // 100)
-            return self.noise(wav, item) if item.noisy else wav
-        except ValueError as error:
-            return str(error)
+def read_utterance(noise: Noise, item: Utterance) -> Tensor | str:
+    """-> wav (S,), at its speed and with its noise, or why it cannot be read."""
+    try:
+        wav = read_audio(item.audio)
+        if item.speed != 1.0:           # as sox does it: faster is also higher
+            rate = round(SAMPLE_RATE * item.speed / 100)
+            wav = torchaudio.functional.resample(wav, rate, SAMPLE_RATE // 100)
+        return noise(wav, item) if item.noisy else wav
+    except ValueError as error:
+        return str(error)
 
 
 def with_copies(utterances: list[Utterance], args) -> list[Utterance]:
@@ -301,7 +290,7 @@ def tokenize(args):
             if world > 1:
                 dist.barrier()
             if rank == 0:
-                write_rows(out, subset, utterances, skipped, front_end.meta)
+                write_rows(out, subset, utterances, skipped)
     if rank == 0:
         print(f"wrote {out}; next: python train_asr.py --tokens {out}")
 
@@ -311,7 +300,8 @@ def encode(front_end: FrontEnd, utterances: list[Utterance], noise: Noise, folde
     """Write folder/<id>.npy for each utterance without one, and say what cannot be read."""
     folder.mkdir(parents=True, exist_ok=True)
     todo = [item for item in utterances if not (folder / f"{item.id}.npy").exists()]
-    loader = DataLoader(Recordings(todo, noise), batch_size=None, num_workers=workers)
+    loader = DataLoader(todo, batch_size=None, num_workers=workers,
+                        collate_fn=partial(read_utterance, noise))      # runs in the workers
     for item, wav in zip(todo, tqdm(loader, folder.name, disable=None if todo else True)):
         if isinstance(wav, str):
             tqdm.write(f"skipped: {wav}")
@@ -325,8 +315,7 @@ def save_array(path: Path, array: np.ndarray):
     write_atomically(path, buffer.getvalue())
 
 
-def write_rows(out: Path, subset: str, utterances: list[Utterance], skipped: list[str],
-               meta: dict):
+def write_rows(out: Path, subset: str, utterances: list[Utterance], skipped: list[str]):
     """Write <subset>.jsonl and <subset>.skipped.txt, and say what is in them."""
     lines, seconds = [], 0.0
     for item in utterances:
@@ -334,13 +323,11 @@ def write_rows(out: Path, subset: str, utterances: list[Utterance], skipped: lis
         if not array.exists():
             skipped.append(f"{item.audio}: cannot be read as audio")
             continue
-        frames = len(np.load(array, mmap_mode="r"))
-        # The header of a damaged file may promise a length that it does not have.
-        duration = min(item.duration, frames * meta["hop"] / meta["sample_rate"])
-        row = item._asdict() | {"audio": str(item.audio.resolve()), "duration": round(duration, 3),
-                                "frames": frames, "array": f"{subset}/{array.name}"}
+        row = item._asdict() | {
+            "audio": str(item.audio.resolve()), "duration": round(item.duration, 3),
+            "frames": len(np.load(array, mmap_mode="r")), "array": f"{subset}/{array.name}"}
         lines.append(json.dumps(row) + "\n")
-        seconds += duration
+        seconds += item.duration
     write_atomically(out / f"{subset}.skipped.txt", "".join(f"{s}\n" for s in skipped).encode())
     print(f"{subset}: {len(lines)} utterances, {seconds / 3600:.2f} hours")
     if skipped:

@@ -2,7 +2,7 @@
 
 in   runs/tokens/               written by tokenize_corpus.py
 out  runs/asr/asr.pt            weights (best epoch on dev), flags, text units; training resumes
-     runs/asr/log.jsonl         a row an epoch
+     runs/asr/log.jsonl         one row per epoch
 
     python train_asr.py                                           # synthetic speech, a few minutes
     python train_asr.py --tokens runs/tokens --size small         # real speech
@@ -16,11 +16,12 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import time
 from argparse import (ArgumentDefaultsHelpFormatter, ArgumentParser,
                       RawDescriptionHelpFormatter)
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def train_units(rows: list[dict], args) -> bytes:
 
 
 def greedy(units: SentencePieceProcessor, log_probs: Tensor, out_len: Tensor) -> list[str]:
-    """Best unit a frame, repeats merged, blanks dropped: (B, T', V), (B,) -> B texts."""
+    """Best unit of each frame, repeats merged, blanks dropped: (B, T', V), (B,) -> B texts."""
     texts = []
     for best, length in zip(log_probs.argmax(-1).cpu(), out_len.tolist()):
         ids = best[:length].unique_consecutive()
@@ -80,10 +81,7 @@ def greedy(units: SentencePieceProcessor, log_probs: Tensor, out_len: Tensor) ->
 
 def split_language(text: str) -> tuple[str, str]:
     """'<en> HELLO' -> 'en', 'HELLO'; without a token '', text."""
-    if not text.startswith("<"):
-        return "", text
-    lang, _, rest = text[1:].partition(">")
-    return lang, rest.strip()
+    return re.fullmatch(r"(?:<(.*?)>)? *(.*)", text).groups(default="")
 
 
 # -------------------------------------------------------------------------------------------- data
@@ -99,7 +97,7 @@ class TokenSet:
     """The utterances of some subsets, their arrays in memory."""
 
     def __init__(self, folder: str | Path, subsets: list[str], codebooks: int = 0, copies=False):
-        """codebooks: only the first so many, 0 for all; copies: also other speeds, and in noise."""
+        """codebooks: only the first N, 0 for all; copies: also other speeds, and in noise."""
         self.rows, self.arrays = [], []             # arrays: (T, Q) or (T, D) each
         for subset in subsets:
             path = Path(folder) / f"{subset}.jsonl"
@@ -119,7 +117,7 @@ class TokenSet:
         lengths = torch.tensor([len(array) for array in arrays])
         return pad_sequence(arrays, batch_first=True).to(device), lengths.to(device)
 
-    def batches(self, which: Iterable, frames: int, rng=None) -> list[list[int]]:
+    def batches(self, which: Sequence, frames: int, rng=None) -> list[list[int]]:
         """Groups of like length, of at most `frames` padded frames; with rng in random order."""
         lengths = np.array([len(self.arrays[i]) for i in which])
         spread = rng.uniform(1, 1.1, len(lengths)) if rng else 1.0      # new neighbours every epoch
@@ -138,12 +136,12 @@ class TokenSet:
 class TrainSet(TokenSet):
     """Adds text units and targets, and draws one variant of each utterance an epoch."""
 
-    def __init__(self, args, meta: dict, text: bytes | None = None):
-        """text: the sentencepiece model of a run that resumes."""
+    def __init__(self, args, meta: dict, units: bytes | None = None):
+        """units: the sentencepiece model of a run that resumes."""
         super().__init__(args.tokens, meta["train"], args.codebooks, copies=True)
         self.seed = args.seed
         self.frames = round(args.batch * meta["sample_rate"] / meta["hop"])     # of a batch
-        self.units = SentencePieceProcessor(model_proto=text or train_units(self.rows, args))
+        self.units = SentencePieceProcessor(model_proto=units or train_units(self.rows, args))
         self.targets, self.out_len, dropped = [], [], []
         self.variants = {}      # utterance: the numbers of its clean and of its noisy variants
         for i, row in enumerate(self.rows):
@@ -151,12 +149,11 @@ class TrainSet(TokenSet):
             target = target[target != 0]
             self.targets.append(target)
             self.out_len.append(-(-len(self.arrays[i]) // args.subsampling))
-            # CTC needs a frame for each unit, and a blank between two equal ones. torch's
-            # zero_infinity would only hide the utterances that have fewer.
-            needed = len(target) + (target[1:] == target[:-1]).sum()
-            if 0 < needed <= self.out_len[i] and row["duration"] <= LONGEST:
+            # torch's zero_infinity would only hide the utterances that are too short.
+            if 0 < frames_needed(target) <= self.out_len[i] and row["duration"] <= LONGEST:
                 original = Path(row["array"]).parent / (row["copy_of"] or row["id"])
-                self.variants.setdefault(original, ([], []))[row["noisy"]].append(i)
+                clean, noisy = self.variants.setdefault(original, ([], []))
+                (noisy if row["noisy"] else clean).append(i)
             else:
                 dropped.append(row["id"])
         self.notes = (f"dropped: {len(dropped)} utterances, too short for their transcripts at "
@@ -173,6 +170,11 @@ class TrainSet(TokenSet):
         # The first epoch goes from short to long: CTC finds its first alignments there (Deep
         # Speech 2, arXiv 1512.02595, section 3.3).
         return self.batches(picked, self.frames, rng if number else None)
+
+
+def frames_needed(target: Tensor) -> int:
+    """CTC needs a frame for each unit, and a blank between two equal ones."""
+    return len(target) + int((target[1:] == target[:-1]).sum())
 
 
 def transcript(row: dict, lang_token: bool) -> str:
@@ -197,7 +199,7 @@ class Muon(torch.optim.Optimizer):
     which takes two thirds of a training step on a CPU without it.
     """
 
-    def __init__(self, matrices: list[nn.Parameter], lr: float):
+    def __init__(self, matrices: Iterable[nn.Parameter], lr: float):
         super().__init__(matrices, {"lr": lr})
 
     @torch.no_grad()
@@ -252,7 +254,7 @@ def train(args):
         print(f"recogniser: {parameters:.1f} M parameters, {len(data.units)} {args.units} units; "
               f"{len(data.variants)} utterances, {len(data.rows)} with copies; epoch "
               f"{state['epoch']} of {args.epochs} on {device}",
-              data.notes, rehearse(model, data, device, dtype), sep="\n")
+              data.notes, rehearse(model, data, device, dtype, world), sep="\n")
 
     step = state["step"]
     for epoch in range(state["epoch"], args.epochs):
@@ -360,12 +362,12 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if cpu or cuda else torch.float32
 
 
-def rehearse(model: CodecASR, data: TrainSet, device, dtype) -> str:
-    """Run the longest batch first, so that a lack of memory shows now.
+def rehearse(model: CodecASR, data: TrainSet, device, dtype, world: int) -> str:
+    """Run this process's share of the longest batch first, so that a lack of memory shows now.
 
     -> a line on its speed, and on the share of the hardware's matrix products that it reaches.
     """
-    group = data.epoch(0, 1.0)[-1]
+    group = data.epoch(0, 1.0)[-1][::world]
     with FlopCounterMode(display=False) as counter:
         ctc_loss(model, data, group, device, dtype).backward()
     step = seconds(lambda: ctc_loss(model, data, group, device, dtype).backward())
@@ -490,7 +492,7 @@ def parse(arguments=None):
         help="bands of the embedding hidden, each up to a third")
     add("--replace", type=float, default=0.0, help="share of tokens replaced by random codes")
     add("--noisy-embedding", type=float, default=0.0,
-        help="deviation of noise on the embedding, as a share of its own; 0.3 is felt")
+        help="deviation of noise on the embedding, as a share of its own, such as 0.3")
     add("--curriculum", type=int, default=0,
         help="steps over which masks, replacement, noise and noisy copies ramp up; 0: none")
     add("--units", choices=("char", "unigram", "bpe"), default="char", help="text units")
