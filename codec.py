@@ -404,8 +404,6 @@ class Crops:
 
 def train(args):
     device, rank, world = start_processes(args.device)
-    if device.type == "cpu" and args.size == "tiny":
-        torch.set_num_threads(1)        # so small that a second thread makes it slower
     if args.batch % world:
         raise ValueError(f"--batch {args.batch}: must be a multiple of the {world} processes")
     corpus = find_subsets(args.corpus, train=args.train, dev=args.dev)
