@@ -6,7 +6,7 @@ out  runs/codec/codec.pt        weights and configuration; training resumes from
      runs/codec/log.jsonl       the losses, every 100 steps
 
     python codec.py                                               # synthetic speech, a few minutes
-    python codec.py --corpus mini-librispeech --steps 6000        # real speech
+    python codec.py --corpus mini-librispeech --steps 6000 --batch 16 --out runs/mini/codec
     python codec.py --reconstruct in.wav out.wav                  # hear what the tokens keep
 
 wav (B, S) -> encoder -> latent (B, D, T) -> quantizer -> tokens (B, Q, T) -> decoder -> wav (B, S)
@@ -48,7 +48,8 @@ from quantizers import GroupFSQ, Quantized, ResidualVQ, usage_and_perplexity
 
 SAMPLE_RATE = 16_000
 
-# Widths of the three parts. `tiny` and `small` train on a laptop; `base` wants a GPU.
+# Widths of encoder and decoder, and their blocks. `tiny` and `small` train on a laptop; `base`
+# wants a GPU.
 SIZES = {
     "tiny": dict(time_channels=8, mel_channels=128, decoder_channels=128, blocks=2),
     "small": dict(time_channels=16, mel_channels=192, decoder_channels=256, blocks=4),
@@ -527,8 +528,8 @@ def check_flags(path: Path, saved: dict, args) -> bool:
 
 
 def round_to_half(codec: Codec):
-    """Round a finished codec's weights to half precision, so that a file of half the size gives
-    exactly the same tokens."""
+    """Round a finished codec's weights to half precision, so that a copy saved in half precision
+    gives exactly the same tokens."""
     rounded = {name: value.half() if value.is_floating_point() else value
                for name, value in codec.state_dict().items()}
     codec.load_state_dict(rounded)
@@ -775,8 +776,8 @@ def parse(arguments=None):
     add("--corpus", nargs="+", default=["synthetic"],
         help="synthetic, mini-librispeech, librispeech, or folders, read as one corpus")
     add("--train", nargs="+", default=[],
-        help="subsets to train on; any folder of audio in --corpus will do")
-    add("--dev", nargs="+", default=[], help="subsets to report on")
+        help="subsets to train on, if not the usual ones; any folder of audio in --corpus will do")
+    add("--dev", nargs="+", default=[], help="subsets to report on, if not the usual ones")
     add("--encoder", choices=("time", "mel"), default="mel",
         help="what the encoder sees: the waveform, or its log-mel spectrogram")
     add("--quantizer", choices=("rvq", "fsq"), default="fsq", help="residual VQ or grouped FSQ")
@@ -784,14 +785,14 @@ def parse(arguments=None):
         help="product = samples a token frame: 400 = 25 ms = 40 Hz; 2 4 5 5 = 80 Hz")
     add("--codebooks", type=int, default=8, help="codebooks of RVQ, or groups of FSQ")
     add("--codebook-size", type=int, default=1024, help="codes in each codebook of RVQ")
-    add("--size", choices=SIZES, default="tiny", help="width and depth of all parts")
+    add("--size", choices=SIZES, default="tiny", help="width and depth of encoder and decoder")
     add("--adversarial", action="store_true",
         help="add a discriminator, for better sound; on a finished codec: train its decoder alone")
     add("--steps", type=int, default=500, help="training steps; real speech takes thousands")
     add("--batch", type=int, default=8, help="crops a step, over all processes")
     add("--crop", type=float, default=1.0, help="seconds a crop")
     add("--lr", type=float, default=1e-3, help="peak learning rate")
-    add("--seed", type=int, default=0, help="of weights and data order")
+    add("--seed", type=int, default=0, help="random seed for weights and data order")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
     add("--out", default="runs/codec", help="folder to write")
     add("--reconstruct", nargs=2, metavar=("IN", "OUT"),

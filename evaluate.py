@@ -1,4 +1,4 @@
-"""Stage 4: judge, compare, show and use a trained recogniser.
+"""Stage 4: evaluate, compare, show and use a trained recogniser.
 
 in   runs/asr/asr.pt, and the tokens that it was trained on
 out  runs/eval/report.json, report.md       word and character error rates, with intervals
@@ -68,8 +68,8 @@ class Recogniser:
     def log_probs(self, array: Tensor) -> Tensor:
         """A recording of any length, (T, Q) or (T, D) -> (1, T', V), in bounded memory.
 
-        Recordings longer than 50 seconds go through in windows. They overlap by ten seconds, of
-        which each gives half, so that no word at a seam is lost or repeated.
+        Recordings longer than 50 seconds go through in windows. Neighbours overlap by ten
+        seconds, and each supplies half of the overlap, so that no word is lost or repeated.
         """
         factor = self.flags["subsampling"]
         second = round(self.meta["sample_rate"] / self.meta["hop"] / factor)    # in output frames
@@ -83,7 +83,7 @@ class Recogniser:
         return torch.cat(parts, 1)
 
     def tokens(self, args) -> tuple[str, list[str]]:
-        """-> the folder of its tokens, the subsets to judge it on."""
+        """-> the folder of its tokens, the subsets to evaluate."""
         folder = args.tokens or self.flags["tokens"]
         found = read_meta(folder)
         check_same_tokens(self.path, self.meta, folder, found)
@@ -224,7 +224,7 @@ def percent(summary: dict, name: str) -> str:
 
 
 def table(header: list[str], rows: list[list]) -> str:
-    """A Markdown table; what a row has more than the header is left out."""
+    """A Markdown table; cells beyond the header are dropped."""
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(map(str, line[:len(header)]))} |\n" for line in lines)
 
@@ -245,7 +245,7 @@ def save_report(args, name: str, report: dict, page: str) -> Path:
 
 
 def evaluate(args):
-    """Judge one run, or compare several, on the test subsets: clean, and in noise."""
+    """Evaluate one run, or compare several, on the test subsets: clean, and in noise."""
     paths = {folder: Path(folder) / "asr.pt" for folder in args.compare} or {args.asr: args.asr}
     report, rows, first, subsets, page = {}, [], {}, [], ""
     for name, path in paths.items():
@@ -318,10 +318,10 @@ def entropy(*labels: np.ndarray) -> float:
 
 
 def content(args):
-    """What each codebook tells about the character being said, and about the speaker.
+    """What each codebook reveals about the text unit being said, and about the speaker.
 
-    The recogniser itself says where its characters are, by forced alignment; each frame belongs to
-    the nearest one. Mutual information is H(code) + H(label) - H(code, label). So many codes look
+    The recogniser itself says where its units are, by forced alignment; each frame belongs to the
+    nearest one. Mutual information is H(code) + H(label) - H(code, label). So many codes look
     informative by chance: what the labels of other utterances give is subtracted, which leaves
     H(code, label of another) - H(code, label), a lower bound.
     """
@@ -486,10 +486,10 @@ def parse(arguments=None):
     add("--asr", default="runs/asr/asr.pt", help="trained recogniser")
     add("--tokens", help="folder of tokens; the one it was trained on unless given")
     add("--codec", help="codec for --audio and --noise; the one of its tokens unless given")
-    add("--test", nargs="+", default=[], help="subsets to judge on; those of the tokens otherwise")
+    add("--test", nargs="+", default=[], help="subsets to evaluate, if not those of the tokens")
     add("--noise", nargs="+", default=[],
-        help="also judge in noise: white, pink, babble, or folders of audio")
-    add("--snr", nargs="+", type=float, help="of the noise, in dB; 20 10 0 unless given")
+        help="also evaluate in noise: white, pink, babble, or folders of audio")
+    add("--snr", nargs="+", type=float, help="signal-to-noise ratios in dB; 20 10 0 unless given")
     add("--audio", nargs="+", default=[], help="transcribe these files, then stop")
     add("--lm", help="word language model in ARPA form, .gz or not: beam search; greedy without")
     add("--beam", type=int, default=50, help="hypotheses kept, with --lm")
@@ -497,10 +497,11 @@ def parse(arguments=None):
     add("--word-score", type=float, default=0.0, help="added for every word, with --lm")
     add("--compare", nargs="+", default=[], metavar="RUN_DIR",
         help="folders with an asr.pt each: one table of all, against the first")
-    add("--content", action="store_true", help="what each codebook tells of character and speaker")
+    add("--content", action="store_true",
+        help="measure what each codebook reveals about text unit and speaker")
     add("--benchmark", action="store_true", help="measure speed instead of accuracy")
     add("--plots", action="store_true", help="also draw pictures (needs matplotlib)")
-    add("--seed", type=int, default=0, help="of noise and bootstrap")
+    add("--seed", type=int, default=0, help="random seed for noise and bootstrap")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
     add("--out", default="runs/eval", help="folder to write")
     args = parser.parse_args(arguments)
@@ -515,7 +516,7 @@ def main(arguments=None):
     args = parse(arguments)
     try:
         if args.plots:
-            figure(1, 1)        # a missing matplotlib should be known before the work
+            figure(1, 1)        # reports a missing matplotlib before the work starts
         if args.audio:
             transcribe(args)
         elif args.content:

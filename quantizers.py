@@ -263,7 +263,7 @@ class GroupFSQ(nn.Module):
 def redundancy(latent: Tensor) -> Tensor:
     """Mean squared correlation between different dimensions of the latent: (B, D, T) -> ().
 
-    Left alone, FSQ's groups come to say the same thing: 8 of 32 dimensions carried most of the
+    Left alone, FSQ's groups become redundant: 8 of 32 dimensions carried most of the
     variance. No published recipe that we know of has this term.
     """
     covariance = torch.cov(latent.transpose(0, 1).flatten(1), correction=0)         # (D, D)

@@ -1,7 +1,7 @@
 """Stage 2: encode a corpus once with a trained codec, into small files of tokens.
 
 in   a corpus with transcripts, and runs/codec/codec.pt
-out  runs/tokens/meta.json              which codec, frame rate, Q, K, D, subsets
+out  runs/tokens/meta.json              which codec, hop, sample rate, Q, K, D, subsets
      runs/tokens/codebooks.npy          (Q, K, D) float32: the recogniser's embedding starts here
      runs/tokens/<subset>.jsonl         one row per utterance: id, text, lang, speaker, ...
      runs/tokens/<subset>/<id>.npy      tokens (T, Q) int16
@@ -355,9 +355,9 @@ def parse(arguments=None):
     add = parser.add_argument
     add("--corpus", nargs="+", default=["synthetic"],
         help="synthetic, mini-librispeech, librispeech, or folders, read as one corpus")
-    add("--train", nargs="+", default=[], help="subsets to train on")
-    add("--dev", nargs="+", default=[], help="subsets to choose the best epoch on")
-    add("--test", nargs="+", default=[], help="subsets to evaluate on")
+    add("--train", nargs="+", default=[], help="subsets to train on, if not the usual ones")
+    add("--dev", nargs="+", default=[], help="subsets to choose the best epoch on, likewise")
+    add("--test", nargs="+", default=[], help="subsets to evaluate on, likewise")
     add("--codec", default="runs/codec/codec.pt", help="a trained codec, or encodec")
     add("--features", choices=("tokens", "latent", "mel"), default="tokens",
         help="tokens, or what they are compared with: the codec's latent, log-mel")
@@ -371,7 +371,7 @@ def parse(arguments=None):
         help="range of the noisy copies' signal-to-noise ratio in dB")
     add("--copies", type=int, default=1, help="noisy copies of each utterance, with --noise")
     add("--workers", type=int, default=1, help="processes that read audio while the codec works")
-    add("--seed", type=int, default=0, help="of the noise")
+    add("--seed", type=int, default=0, help="random seed for the noise")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
     add("--out", default="runs/tokens", help="folder to write")
     args = parser.parse_args(arguments)

@@ -5,11 +5,11 @@ out  runs/asr/asr.pt            weights (best epoch on dev), flags, text units; 
      runs/asr/log.jsonl         one row per epoch
 
     python train_asr.py                                           # synthetic speech, a few minutes
-    python train_asr.py --tokens runs/tokens --size small         # real speech
+    python train_asr.py --tokens runs/mini/tokens --size small --out runs/mini/asr
 
 Legend: B utterances, T token frames, T' output frames, Q codebooks, D feature size, V text units.
-Dhawan et al., arXiv 2407.03495, section 3. The codec is not imported: all that is needed of it is
-on disk.
+Dhawan et al., arXiv 2407.03495, section 3. The codec is not imported: everything that training
+needs from it is in the token folder.
 """
 
 import io
@@ -365,7 +365,7 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 def rehearse(model: CodecASR, data: TrainSet, device, dtype, world: int) -> str:
     """Run this process's share of the longest batch first, so that a lack of memory shows now.
 
-    -> a line on its speed, and on the share of the hardware's matrix products that it reaches.
+    -> a line on its speed, and on the share of the device's matrix-multiplication speed it reaches.
     """
     group = data.epoch(0, 1.0)[-1][::world]
     with FlopCounterMode(display=False) as counter:
@@ -376,7 +376,8 @@ def rehearse(model: CodecASR, data: TrainSet, device, dtype, world: int) -> str:
     product = seconds(lambda: square @ square)
     speed = sum(data.rows[i]["duration"] for i in group) / step
     share = counter.get_total_flops() / step / (2 * 2048 ** 3 / product)
-    return f"{speed:.0f} s of speech a second, {share:.0%} of the {dtype} matrix products possible"
+    return (f"{speed:.0f} s of speech a second, {share:.0%} of this device's {dtype} "
+            f"matrix-multiplication speed")
 
 
 def seconds(function) -> float:
@@ -492,19 +493,19 @@ def parse(arguments=None):
         help="bands of the embedding hidden, each up to a third")
     add("--replace", type=float, default=0.0, help="share of tokens replaced by random codes")
     add("--noisy-embedding", type=float, default=0.0,
-        help="deviation of noise on the embedding, as a share of its own, such as 0.3")
+        help="standard deviation of noise on the embedding, relative to its own, such as 0.3")
     add("--curriculum", type=int, default=0,
         help="steps over which masks, replacement, noise and noisy copies ramp up; 0: none")
     add("--units", choices=("char", "unigram", "bpe"), default="char", help="text units")
-    add("--vocab-size", type=int, default=256, help="how many, with unigram and bpe")
+    add("--vocab-size", type=int, default=256, help="number of text units, with unigram or bpe")
     add("--lang-token", action="store_true", help="begin transcripts with a token of the language")
     add("--subsampling", type=int, choices=(1, 2, 4), default=1,
         help="input frames merged into one: 4 for 10 ms log-mel, 2 for 80 Hz tokens")
-    add("--dropout", type=float, default=0.1, help="of the Conformer")
+    add("--dropout", type=float, default=0.1, help="dropout rate in the Conformer")
     add("--epochs", type=int, default=25, help="passes over the training utterances")
     add("--batch", type=float, default=40.0, help="seconds of speech a step, over all processes")
     add("--lr", type=float, default=2e-3, help="peak learning rate; 2.5 times as much in Muon")
-    add("--seed", type=int, default=0, help="of weights, data order and masks")
+    add("--seed", type=int, default=0, help="random seed for weights, data order and masks")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
     add("--out", default="runs/asr", help="folder to write")
     args = parser.parse_args(arguments)
