@@ -854,12 +854,10 @@ def test_scripts_end_bad_input_with_one_line():
     for stage, what, *flags in (
             (codec, "lost", "--corpus", lost),
             (codec, "subset lost", "--corpus", corpus(), "--train", "lost"),
-            (evaluate, "lost.arpa", "--asr", small_asr(), "--lm", lost.with_name("lost.arpa")),
             (tokenize_corpus, "damaged", "--corpus", corpus(), "--codec", half),
             (tokenize_corpus, "kind asr", "--corpus", corpus(), "--codec", small_asr()),
             (tokenize_corpus, "--noise lost", "--corpus", corpus(), *mel, "--noise", "lost"),
             (train_asr, "tokenize_corpus.py", "--tokens", lost),
-
             (train_asr, "--codebooks 3", "--tokens", letters(), "--codebooks", 3),
             (evaluate, "letters", "--asr", small_asr(), "--tokens", letters()),
             (evaluate, "lost", "--asr", small_asr(), "--test", "lost"),
