@@ -190,7 +190,7 @@ class CodecASR(nn.Module):
 
     def __init__(self, vocab_size: int, num_codebooks: int = 8, codebook_size: int = 1000,
                  dim: int = 32, aggregate: str = "sum", size: str = "small", subsampling: int = 1,
-                 dropout: float = 0.1):
+                 dropout: float = 0.0):
         """num_codebooks 0: the input is features (B, T, dim). subsampling: 1, 2 or 4."""
         super().__init__()
         width, layers, heads, kernel = SIZES[size].values()

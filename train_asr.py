@@ -501,7 +501,7 @@ def parse(arguments=None):
     add("--lang-token", action="store_true", help="begin transcripts with a token of the language")
     add("--subsampling", type=int, choices=(1, 2, 4), default=1,
         help="input frames merged into one: 4 for 10 ms log-mel, 2 for 80 Hz tokens")
-    add("--dropout", type=float, default=0.1, help="dropout rate in the Conformer")
+    add("--dropout", type=float, default=0.0, help="dropout rate in the Conformer")
     add("--epochs", type=int, default=25, help="passes over the training utterances")
     add("--batch", type=float, default=40.0, help="seconds of speech a step, over all processes")
     add("--lr", type=float, default=2e-3, help="peak learning rate; 2.5 times as much in Muon")
