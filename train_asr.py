@@ -204,6 +204,8 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)        # for matrices so small, a second thread is a burden
         for group in self.param_groups:
             for matrix in group["params"]:
                 momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
@@ -212,6 +214,7 @@ class Muon(torch.optim.Optimizer):
                 scale = max(1.0, len(matrix) / matrix.shape[1]) ** 0.5
                 matrix.mul_(1 - 0.1 * group["lr"])              # weight decay
                 matrix.add_(step, alpha=-group["lr"] * scale)
+        torch.set_num_threads(threads)
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
