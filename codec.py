@@ -1,4 +1,4 @@
-"""Stage 1: train a neural audio codec, which turns speech into a few integers a frame and back.
+"""Stage 1: train a neural audio codec: speech to a few integers per frame, and back.
 
 in   a corpus of audio          synthetic speech, LibriSpeech, or any folder; no transcripts needed
 out  runs/codec/codec.pt        weights and configuration; training resumes from it

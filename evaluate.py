@@ -350,7 +350,9 @@ def content(args):
             shares[name][str(level)] = share
             rows.append([name, level, f"{bits:.2f}", f"{share:.0%}"])
     header = ["label", "codebook", "bits", "share of the label's entropy"]
-    page = table(header, rows) + "\nLower bounds: what chance gives is subtracted.\n"
+    page = table(header, rows)
+    page += (f"\n{len(tokens)} of {len(data.rows)} utterances could be aligned. Lower bounds: what "
+             f"chance gives is subtracted.\n")
     out = save_report(args, "content", {"asr": args.asr, "shares": shares, "rows": rows}, page)
     if args.plots:
         plot_bars(shares, out / "content.png")

@@ -71,7 +71,10 @@ class ResidualVQ(nn.Module):
 
     @torch.autocast("cuda", enabled=False)
     def forward(self, latent: Tensor) -> Quantized:
-        """latent (B, D, T) -> Quantized. In training, the codebooks learn from it."""
+        """latent (B, D, T) -> Quantized. In training, the codebooks learn from it.
+
+        Call `initialise` before training; zeros would have to be revived as dead codes.
+        """
         batch, _, time = latent.shape
         frames = latent.float().transpose(1, 2).reshape(-1, self.dim)       # (N, D)
         depth = self.random_depth(batch, latent.device).repeat_interleave(time)     # (N,)

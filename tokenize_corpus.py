@@ -128,7 +128,7 @@ class Noise:
     def __init__(self, kinds: list[str], snr: list[float], speech: list[Utterance], seed: int):
         """kinds: white, pink, babble or folders; snr: LOW HIGH in dB; speech: babble mixes it."""
         self.kinds, self.snr, self.speech, self.seed = kinds, sorted(snr), speech, seed
-        self.files = {kind: find_audio(Path(kind), ".") for kind in kinds}
+        self.files = {kind: find_audio(Path(kind), ".") for kind in kinds}      # "." is the folder
         for kind, files in self.files.items():
             if not files and kind not in ("white", "pink", "babble"):
                 raise ValueError(f"--noise {kind}: neither white, pink or babble, nor a folder "

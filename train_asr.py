@@ -205,7 +205,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)        # for matrices so small, a second thread is a burden
+        torch.set_num_threads(1)        # a second thread slows down products of such small matrices
         for group in self.param_groups:
             for matrix in group["params"]:
                 momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
