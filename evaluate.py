@@ -289,7 +289,7 @@ def conditions(run: Recogniser, data: TokenSet, args) -> Iterator[tuple]:
     yield None, None, data.arrays
     items = [Utterance(**{name: row[name] for name in Utterance._fields}) for row in data.rows]
     front_end = run.front_end(args.codec) if args.noise else None
-    for kind, snr in itertools.product(args.noise, args.snr or [20.0, 10.0, 0.0]):
+    for kind, snr in itertools.product(args.noise, args.snr):
         noise = Noise([kind], [snr, snr], items, args.seed)
         yield kind, snr, [torch.from_numpy(front_end(noise(read_audio(item.audio), item)))
                           for item in tqdm(items, f"{kind} {snr:g} dB", disable=None)]
@@ -381,15 +381,18 @@ def benchmark(args):
         flac, array = f"{folder}/minute.flac", f"{folder}/minute.npy"
         sf.write(flac, wav[0].cpu().numpy(), SAMPLE_RATE)
         np.save(array, np.random.randint(1000, size=(6, 400, 8)))
-        mel = LogMel(512, 160, 80)
-        # A batch is six pieces of ten seconds; forward and backward pass of the tiny recogniser.
-        for name, codebooks, read in (
-                ("tokens from disk", 8, lambda: torch.from_numpy(np.load(array))),
-                ("log-mel, 10 ms, from audio", 0, lambda: mel(read_audio(flac).view(6, -1)).mT)):
-            model = CodecASR(32, codebooks, 1000, 80, size="tiny").to(device)
+        for name, codebooks, hop, subsampling in (
+                ("tokens from disk, 40 frames a second", 8, 400, 1),
+                ("log-mel from audio, 40 frames a second", 0, 400, 1),
+                ("log-mel from audio, 100 frames a second", 0, 160, 1),
+                ("log-mel from audio, 100 frames a second, subsampled to 25", 0, 160, 4)):
+            mel = LogMel(512, hop, 80)
+            model = CodecASR(32, codebooks, 1000, 80, "sum", "tiny", subsampling).to(device)
 
             def step():
-                batch = read().to(device)
+                """Forward and backward pass on six pieces of ten seconds."""
+                batch = (torch.from_numpy(np.load(array)) if codebooks
+                         else mel(read_audio(flac).view(6, -1)).mT).to(device)
                 log_probs, _ = model(batch, torch.full((6,), batch.shape[1], device=device))
                 log_probs.square().mean().backward()
             report[f"training, {name}"] = 60 / seconds(step)
@@ -402,14 +405,11 @@ def benchmark(args):
 def figure(rows: int, height: float):
     """-> matplotlib figure, list of axes; matplotlib is optional."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("--plots needs pip install matplotlib")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    size = dict(figsize=(9, rows * height), dpi=80, layout="constrained")
-    fig, axes = pyplot.subplots(rows, 1, squeeze=False, **size)
-    return fig, axes[:, 0]
+    fig = Figure(figsize=(9, rows * height), dpi=80, layout="constrained")
+    return fig, fig.subplots(rows, 1, squeeze=False)[:, 0]
 
 
 def plot_utterance(recogniser: Recogniser, wav: Tensor, array: Tensor, path: Path):
@@ -491,7 +491,8 @@ def parse(arguments=None):
     add("--test", nargs="+", default=[], help="subsets to evaluate, if not those of the tokens")
     add("--noise", nargs="+", default=[],
         help="also evaluate in noise: white, pink, babble, or folders of audio")
-    add("--snr", nargs="+", type=float, help="signal-to-noise ratios in dB; 20 10 0 unless given")
+    add("--snr", nargs="+", type=float, default=[20.0, 10.0, 0.0],
+        help="signal-to-noise ratios in dB, with --noise")
     add("--audio", nargs="+", default=[], help="transcribe these files, then stop")
     add("--lm", help="word language model in ARPA form, .gz or not: beam search; greedy without")
     add("--beam", type=int, default=50, help="hypotheses kept, with --lm")
@@ -507,8 +508,6 @@ def parse(arguments=None):
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
     add("--out", default="runs/eval", help="folder to write")
     args = parser.parse_args(arguments)
-    if args.snr and not args.noise:
-        parser.error("--snr is for --noise")
     if sum(map(bool, (args.audio, args.compare or args.noise, args.content, args.benchmark))) > 1:
         parser.error("--audio, --content, --benchmark and --compare or --noise: one at a time")
     return args
