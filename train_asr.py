@@ -489,15 +489,15 @@ def parse(arguments=None):
     add("--aggregate", choices=("sum", "mean", "stack"), default="sum",
         help="how the rows of the Q tables become one vector")
     add("--codebooks", type=int, default=0, help="use only the first N codebooks; 0: all")
-    add("--time-masks", type=int, default=4, help="spans of time hidden, each up to 5 %%")
-    add("--codebook-masks", type=int, default=2,
+    add("--time-masks", type=int, default=10, help="spans of time hidden, each up to 5 %%")
+    add("--codebook-masks", type=int, default=4,
         help="codebooks hidden, each for up to half of an utterance")
     add("--feature-masks", type=int, default=2,
         help="bands of the embedding hidden, each up to a third")
     add("--replace", type=float, default=0.0, help="share of tokens replaced by random codes")
     add("--noisy-embedding", type=float, default=0.0,
         help="standard deviation of noise on the embedding, relative to its own, such as 0.3")
-    add("--curriculum", type=int, default=0,
+    add("--curriculum", type=int, default=3000,
         help="steps over which masks, replacement, noise and noisy copies ramp up; 0: none")
     add("--units", choices=("char", "unigram", "bpe"), default="char", help="text units")
     add("--vocab-size", type=int, default=256, help="number of text units, with unigram or bpe")
@@ -507,7 +507,7 @@ def parse(arguments=None):
     add("--dropout", type=float, default=0.0, help="dropout rate in the Conformer")
     add("--epochs", type=int, default=25, help="passes over the training utterances")
     add("--batch", type=float, default=40.0, help="seconds of speech a step, over all processes")
-    add("--lr", type=float, default=2e-3, help="peak learning rate; 2.5 times as much in Muon")
+    add("--lr", type=float, default=3e-3, help="peak learning rate; 2.5 times as much in Muon")
     add("--seed", type=int, default=0, help="random seed for weights, data order and masks")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
     add("--out", default="runs/asr", help="folder to write")
