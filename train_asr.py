@@ -183,49 +183,55 @@ def transcript(row: dict, lang_token: bool) -> str:
 
 # -------------------------------------------------------------------------------------- optimiser
 
-def make_optimisers(model: CodecASR, lr: float) -> list[torch.optim.Optimizer]:
+def make_optimisers(model: CodecASR, lr: float, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for the rest; each keeps its peak learning rate
     in `defaults`."""
     matrices = {name: p for name, p in model.named_parameters() if "blocks" in name and p.ndim == 2}
     others = [p for name, p in model.named_parameters() if name not in matrices]
-    return [Muon(matrices.values(), 2.5 * lr),
+    return [Muon(matrices.values(), 2.5 * lr, dtype),
             torch.optim.AdamW(others, lr, betas=(0.9, 0.98), fused=True)]
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose steps are made orthogonal: all directions of a matrix learn equally fast.
 
-    Jordan et al., 2024 (kellerjordan.github.io/posts/muon). torch.optim.Muon computes in bfloat16,
-    which takes two thirds of a training step on a CPU without it.
+    Jordan et al., 2024 (kellerjordan.github.io/posts/muon). torch.optim.Muon takes the matrices one
+    by one, and always in bfloat16: on a CPU without it, two thirds of a training step.
     """
 
-    def __init__(self, matrices: Iterable[nn.Parameter], lr: float):
-        super().__init__(matrices, {"lr": lr})
+    def __init__(self, matrices: Iterable[nn.Parameter], lr: float, dtype: torch.dtype):
+        groups = {}
+        for matrix in matrices:
+            groups.setdefault(matrix.shape, []).append(matrix)
+        super().__init__([{"params": group} for group in groups.values()], {"lr": lr})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)        # a second thread slows down products of such small matrices
-        for group in self.param_groups:
-            for matrix in group["params"]:
-                momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
-                momentum.lerp_(matrix.grad, 0.05)
-                step = orthogonal(matrix.grad.lerp(momentum, 0.95))
-                scale = max(1.0, len(matrix) / matrix.shape[1]) ** 0.5
+        for group in self.param_groups:             # N matrices of one shape
+            grad = torch.stack([matrix.grad for matrix in group["params"]])         # (N, R, C)
+            state = self.state[group["params"][0]]
+            momentum = state.setdefault("momentum", torch.zeros_like(grad))
+            momentum.lerp_(grad, 0.05)
+            steps = orthogonal(grad.lerp(momentum, 0.95).to(self.dtype))
+            scale = max(1.0, grad.shape[1] / grad.shape[2]) ** 0.5
+            for matrix, step in zip(group["params"], steps):
                 matrix.mul_(1 - 0.1 * group["lr"])              # weight decay
                 matrix.add_(step, alpha=-group["lr"] * scale)
-        torch.set_num_threads(threads)
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """About U V^T of the singular value decomposition U S V^T, by Newton-Schulz iterations."""
-    if len(matrix) > matrix.shape[1]:
-        return orthogonal(matrix.T).T
-    matrix = matrix / (matrix.norm() + 1e-7)
+def orthogonal(y: Tensor) -> Tensor:
+    """About U V^T of the singular value decompositions U S V^T, by Newton-Schulz iterations.
+
+    (N, R, C) -> (N, R, C)."""
+    if y.shape[1] > y.shape[2]:
+        return orthogonal(y.mT).mT
+    y = y / (y.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
-        gram = matrix @ matrix.T
-        matrix = 3.4445 * matrix + (-4.7750 * gram + 2.0315 * gram @ gram) @ matrix
-    return matrix
+        gram = y @ y.mT
+        gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        y = torch.baddbmm(y, gram, y, beta=3.4445)
+    return y
 
 
 # --------------------------------------------------------------------------------------- training
@@ -241,7 +247,8 @@ def train(args):
     data = TrainSet(args, meta, saved["text"] if saved else None)
     dev = TokenSet(args.tokens, meta["dev"], args.codebooks)
     model = start_model(args, meta, data).to(device)
-    optimisers = make_optimisers(model, args.lr)
+    dtype = fast_dtype(device)
+    optimisers = make_optimisers(model, args.lr, dtype)
 
     state = saved or {"kind": "asr", "text": data.units.serialized_model_proto(),
                       "epoch": 0, "step": 0, "best": math.inf, "log": []}
@@ -251,7 +258,6 @@ def train(args):
             optimiser.load_state_dict(values)
     state |= {"flags": vars(args), "meta": meta}
     net = DistributedDataParallel(model) if world > 1 else model
-    dtype = fast_dtype(device)
     if rank == 0:
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"recogniser: {parameters:.1f} M parameters, {len(data.units)} {args.units} units; "
@@ -278,8 +284,9 @@ def train(args):
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimiser in optimisers:
-                peak = optimiser.defaults["lr"]
-                optimiser.param_groups[0]["lr"] = peak * min(1.0, (step + 1) / warmup) * decay
+                for part in optimiser.param_groups:
+                    peak = optimiser.defaults["lr"]
+                    part["lr"] = peak * min(1.0, (step + 1) / warmup) * decay
                 optimiser.step()
                 optimiser.zero_grad()
             losses.append(loss.detach())
