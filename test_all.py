@@ -682,6 +682,19 @@ def test_an_epoch_takes_one_variant_of_each_utterance_in_bounded_batches():
     assert not any(data.rows[i]["noisy"] for group in data.epoch(0, 0.0) for i in group)
 
 
+def test_muon_steps_are_orthogonal_and_follow_the_gradient():
+    matrices = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((96, 24), (24, 96), (96, 24))]
+    for matrix in matrices:
+        matrix.grad = torch.randn_like(matrix)
+        matrix.grad[:6, :6] *= 10
+    train_asr.Muon(matrices, 1.0, torch.float32).step()
+    for matrix in matrices:
+        u, _, v = torch.linalg.svd(matrix.grad, full_matrices=False)
+        length = max(1.0, len(matrix) / matrix.shape[1]) ** 0.5
+        along = (u.T @ -matrix.detach() @ v.T / length).diagonal()
+        assert 0.6 < along.min() and along.max() < 1.3
+
+
 def test_resumed_recogniser_equals_an_uninterrupted_one():
     whole, cut = new_folder(), new_folder()
     flags = ["--tokens", letters(), "--epochs", 3, "--batch", 10, "--replace", 0.1,
