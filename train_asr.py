@@ -183,12 +183,12 @@ def transcript(row: dict, lang_token: bool) -> str:
 
 # -------------------------------------------------------------------------------------- optimiser
 
-def make_optimisers(model: CodecASR, lr: float, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
+def make_optimisers(model: CodecASR, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for the rest; each keeps its peak learning rate
     in `defaults`."""
     matrices = {name: p for name, p in model.named_parameters() if "blocks" in name and p.ndim == 2}
     others = [p for name, p in model.named_parameters() if name not in matrices]
-    return [Muon(matrices.values(), 2.5 * lr, dtype),
+    return [Muon(matrices.values(), 2.5 * lr),
             torch.optim.AdamW(others, lr, betas=(0.9, 0.98), fused=True)]
 
 
@@ -199,12 +199,11 @@ class Muon(torch.optim.Optimizer):
     by one, and always in bfloat16: on a CPU without it, two thirds of a training step.
     """
 
-    def __init__(self, matrices: Iterable[nn.Parameter], lr: float, dtype: torch.dtype):
+    def __init__(self, matrices: Iterable[nn.Parameter], lr: float):
         groups = {}
         for matrix in matrices:
             groups.setdefault(matrix.shape, []).append(matrix)
         super().__init__([{"params": group} for group in groups.values()], {"lr": lr})
-        self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
@@ -213,7 +212,7 @@ class Muon(torch.optim.Optimizer):
             state = self.state[group["params"][0]]
             momentum = state.setdefault("momentum", torch.zeros_like(grad))
             momentum.lerp_(grad, 0.05)
-            steps = orthogonal(grad.lerp(momentum, 0.95).to(self.dtype))
+            steps = orthogonal(grad.lerp(momentum, 0.95).to(fast_dtype(grad.device)))
             scale = max(1.0, grad.shape[1] / grad.shape[2]) ** 0.5
             for matrix, step in zip(group["params"], steps):
                 matrix.mul_(1 - 0.1 * group["lr"])              # weight decay
@@ -221,8 +220,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(y: Tensor) -> Tensor:
-    """About U V^T of the singular value decompositions U S V^T, by Newton-Schulz iterations.
-
+    """About U V^T of each singular value decomposition U S V^T, by Newton-Schulz iterations:
     (N, R, C) -> (N, R, C)."""
     if y.shape[1] > y.shape[2]:
         return orthogonal(y.mT).mT
@@ -247,8 +245,7 @@ def train(args):
     data = TrainSet(args, meta, saved["text"] if saved else None)
     dev = TokenSet(args.tokens, meta["dev"], args.codebooks)
     model = start_model(args, meta, data).to(device)
-    dtype = fast_dtype(device)
-    optimisers = make_optimisers(model, args.lr, dtype)
+    optimisers = make_optimisers(model, args.lr)
 
     state = saved or {"kind": "asr", "text": data.units.serialized_model_proto(),
                       "epoch": 0, "step": 0, "best": math.inf, "log": []}
@@ -258,6 +255,7 @@ def train(args):
             optimiser.load_state_dict(values)
     state |= {"flags": vars(args), "meta": meta}
     net = DistributedDataParallel(model) if world > 1 else model
+    dtype = fast_dtype(device)
     if rank == 0:
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"recogniser: {parameters:.1f} M parameters, {len(data.units)} {args.units} units; "
@@ -285,8 +283,8 @@ def train(args):
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimiser in optimisers:
                 for part in optimiser.param_groups:
-                    peak = optimiser.defaults["lr"]
-                    part["lr"] = peak * min(1.0, (step + 1) / warmup) * decay
+                    part["lr"] = (optimiser.defaults["lr"] * decay
+                                  * min(1.0, (step + 1) / warmup))
                 optimiser.step()
                 optimiser.zero_grad()
             losses.append(loss.detach())
