@@ -325,9 +325,9 @@ class Discriminator(nn.Module):
 
     SIZES = 2048, 1024, 512
 
-    def __init__(self, channels: int = 32):
+    def __init__(self):
         super().__init__()
-        self.nets = nn.ModuleList()
+        self.nets, channels = nn.ModuleList(), 32
         for _ in self.SIZES:
             layers = [nn.Conv2d(2, channels, (3, 9), padding=(1, 4))]
             for dilation in (1, 2, 4):
@@ -380,7 +380,7 @@ class Crops:
 
     def __init__(self, files: list[Path], seed: int, length: int, batch: int):
         self.files, self.seed, self.length, self.batch = files, seed, length, batch
-        self.unreadable: dict[Path, str] = {}
+        self.unreadable = set()
 
     def __getitem__(self, number: int) -> Tensor:
         """-> wav (length,). Files that cannot be read are named once and replaced by others."""
@@ -393,7 +393,7 @@ class Crops:
                 wav = read_audio(path, self.length / SAMPLE_RATE, at)[:self.length]
                 return F.pad(wav, (0, self.length - len(wav)))
             except ValueError as error:
-                self.unreadable[path] = str(error)
+                self.unreadable.add(path)
                 tqdm.write(f"skipped: {error}")
         raise ValueError(f"none of the {len(self.files)} audio files can be read")
 
@@ -615,12 +615,11 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
         raise ValueError(f"{path}: no such file; train it first, or give its path")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        found = saved["kind"]
+        if saved["kind"] == kind:
+            return saved
     except Exception:                   # torch raises many types for a damaged file
-        raise ValueError(f"{path}: damaged, or not a checkpoint of this project")
-    if found != kind:
-        raise ValueError(f"{path}: holds a checkpoint of kind {found}, not {kind}")
-    return saved
+        pass
+    raise ValueError(f"{path}: damaged, or no {kind} checkpoint of this project")
 
 
 def pick_device(name: str) -> str:
@@ -719,9 +718,8 @@ def find_subsets(corpora: list[str], **asked: list[str]) -> dict[str, dict[str, 
     for role, names in asked.items():
         missing = set(names) - set(found[role])
         if missing or role == "train" and not found[role]:
-            held = sorted(path.name for path in folder.iterdir())[:12]
-            raise ValueError(f"{folder} holds {', '.join(held)}, but no audio of a subset "
-                             f"{', '.join(missing or wanted[role])}: name yours with --{role}")
+            raise ValueError(f"{folder}: no audio of a subset {', '.join(missing or wanted[role])}; "
+                             f"name yours with --{role}")
     return found
 
 

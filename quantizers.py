@@ -124,7 +124,7 @@ class ResidualVQ(nn.Module):
         return torch.where(hit, fewer, self.num_codebooks)
 
     @torch.no_grad()
-    def initialise(self, frames: Tensor, rounds: int = 10):
+    def initialise(self, frames: Tensor):
         """k-means on frames (N, D), one level at a time, each on what the previous levels left.
 
         Takes eight frames a code or more: from fewer, the deeper levels would start as copies of
@@ -135,8 +135,9 @@ class ResidualVQ(nn.Module):
             picked = torch.randint(len(residual), (self.codebook_size,), device=residual.device)
             # A little noise separates centres that began on the same frame.
             centres = residual[picked] + 0.01 * residual.std() * torch.randn_like(residual[picked])
-            for _ in range(rounds):
-                count, total = self.sums(residual, nearest(residual, centres))
+            for _ in range(10):
+                index = nearest(residual, centres)
+                count, total = self.sums(residual, index, torch.ones_like(residual[:, 0]))
                 mean = total / count.clamp(min=1)[:, None]
                 centres = torch.where(count[:, None] > 0, mean, centres)
             from_first_process(centres)
@@ -144,12 +145,11 @@ class ResidualVQ(nn.Module):
             self.embed[level] = self.ema_sum[level] = centres
             self.ema_count[level] = 1.0
 
-    def sums(self, frames: Tensor, index: Tensor, weight=None) -> tuple[Tensor, Tensor]:
+    def sums(self, frames: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Number and sum of the frames of each code.
 
         frames (N, D), index (N,), weight (N,) -> (K,), (K, D).
         """
-        weight = torch.ones_like(frames[:, 0]) if weight is None else weight
         count = frames.new_zeros(self.codebook_size).index_add_(0, index, weight)
         total = frames.new_zeros(self.codebook_size, self.dim)
         return count, total.index_add_(0, index, frames * weight[:, None])
@@ -218,7 +218,7 @@ class GroupFSQ(nn.Module):
         """latent (B, D, T) -> Quantized."""
         soft = self.digits(latent)                                          # (B, T, Q, d)
         hard = soft + (soft.round() - soft).detach()        # straight-through, with tanh's gradient
-        tokens = self.index(soft.detach())
+        tokens = self.index(soft)
         # At 3.0 more codes are in use, and the mel distance is lower, than at 0.1 or 0.5.
         return Quantized(self.values(hard), tokens, 3.0 * redundancy(latent.float()))
 

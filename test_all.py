@@ -868,7 +868,7 @@ def test_scripts_end_bad_input_with_one_line():
             (codec, "lost", "--corpus", lost),
             (codec, "subset lost", "--corpus", corpus(), "--train", "lost"),
             (tokenize_corpus, "damaged", "--corpus", corpus(), "--codec", half),
-            (tokenize_corpus, "kind asr", "--corpus", corpus(), "--codec", small_asr()),
+            (tokenize_corpus, "no codec", "--corpus", corpus(), "--codec", small_asr()),
             (tokenize_corpus, "--noise lost", "--corpus", corpus(), *mel, "--noise", "lost"),
             (train_asr, "tokenize_corpus.py", "--tokens", lost),
             (train_asr, "--codebooks 3", "--tokens", letters(), "--codebooks", 3),

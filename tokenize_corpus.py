@@ -255,7 +255,7 @@ def with_copies(utterances: list[Utterance], args) -> list[Utterance]:
     """The utterances, and their copies at other speeds and in noise."""
     copies = []
     for item in utterances:
-        for speed in set(args.speeds):
+        for speed in args.speeds:
             copies.append(item._replace(id=f"{item.id}-speed{speed:g}", copy_of=item.id,
                                         speed=speed, duration=item.duration / speed))
         for number in range(args.copies * bool(args.noise)):
@@ -302,7 +302,7 @@ def encode(front_end: FrontEnd, utterances: list[Utterance], noise: Noise, folde
     todo = [item for item in utterances if not (folder / f"{item.id}.npy").exists()]
     loader = DataLoader(todo, batch_size=None, num_workers=workers,
                         collate_fn=partial(read_utterance, noise))      # runs in the workers
-    for item, wav in zip(todo, tqdm(loader, folder.name, disable=None if todo else True)):
+    for item, wav in zip(todo, tqdm(loader, folder.name, disable=None)):
         if isinstance(wav, str):
             tqdm.write(f"skipped: {wav}")
         else:
