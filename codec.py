@@ -108,7 +108,8 @@ class MelEncoder(nn.Module):
         super().__init__()
         hop = math.prod(strides) // 2
         self.mel = LogMel(mel_window(hop), hop, 80)
-        self.context = blocks + 3 + mel_window(hop) // (2 * hop)    # token frames seen on each side
+        # Token frames seen on each side: one a block, those of the window, and a few to spare.
+        self.context = blocks + 3 + mel_window(hop) // (2 * hop)
         self.net = nn.Sequential(
             conv(80, mel_channels, 4, stride=2),
             *(Residual(mel_channels, mel_channels) for _ in range(blocks)),
@@ -323,12 +324,12 @@ class MelDistance(nn.Module):
 class Discriminator(nn.Module):
     """Judges complex spectrograms at three resolutions (EnCodec, section 3.4)."""
 
-    SIZES = 2048, 1024, 512
+    WINDOWS = 2048, 1024, 512
 
     def __init__(self):
         super().__init__()
         self.nets, channels = nn.ModuleList(), 32
-        for _ in self.SIZES:
+        for _ in self.WINDOWS:
             layers = [nn.Conv2d(2, channels, (3, 9), padding=(1, 4))]
             for dilation in (1, 2, 4):
                 layers.append(nn.Conv2d(channels, channels, (3, 9), stride=(1, 2),
@@ -339,7 +340,7 @@ class Discriminator(nn.Module):
     def forward(self, wav: Tensor) -> list[list[Tensor]]:
         """wav (B, S) -> for each resolution the outputs of its layers, the last being the score."""
         outputs = []
-        for n_fft, layers in zip(self.SIZES, self.nets):
+        for n_fft, layers in zip(self.WINDOWS, self.nets):
             window = torch.hann_window(n_fft, device=wav.device)
             spectrum = torch.stft(wav, n_fft, n_fft // 4, window=window, normalized=True,
                                   return_complex=True)
@@ -370,7 +371,7 @@ def discriminator_loss(discriminator: nn.Module, wav: Tensor, made: Tensor) -> T
     for layers in discriminator(torch.cat([wav, made.detach()])):
         real, fake = layers[-1].chunk(2)
         total = total + (real - 1).square().mean() + fake.square().mean()
-    return total / len(Discriminator.SIZES)
+    return total / len(Discriminator.WINDOWS)
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -385,7 +386,7 @@ class Crops:
     def __getitem__(self, number: int) -> Tensor:
         """-> wav (length,). Files that cannot be read are named once and replaced by others."""
         rng = np.random.default_rng((self.seed, number))
-        while len(self.unreadable) < len(self.files):
+        while not self.unreadable.issuperset(self.files):
             path, at = self.files[rng.integers(len(self.files))], rng.random()
             if path in self.unreadable:
                 continue
@@ -448,7 +449,7 @@ def train(args):
         for step in tqdm(range(start, args.steps), "codec", disable=True if rank else None):
             wav = ahead.result().to(device)                             # (B, S)
             ahead = reader.submit(crops.step, step + 1, rank, world)
-            torch.manual_seed((args.seed * 1_000_000 + step) * world + rank)    # also on resuming
+            torch.manual_seed((args.seed * 1_000_000 + step) * world + rank)    # resumed or not
             # 100 steps of warm-up, then a half cosine down to a twentieth of the peak.
             cosine = 0.525 + 0.475 * math.cos(math.pi * step / args.steps)
             lr = args.lr * min(1.0, (step + 1) / 100) * cosine
@@ -467,7 +468,7 @@ def train(args):
 
             if (step + 1) % 100 == 0 or step + 1 == args.steps:
                 if step + 1 == args.steps:
-                    round_to_half(codec)
+                    codec.half().float()    # a copy in half precision then gives the same tokens
                 log.append({"step": step + 1} | summary(recent, codec.quantizer.codebook_size))
                 recent.clear()
                 if rank == 0:
@@ -527,14 +528,6 @@ def check_flags(path: Path, saved: dict, args) -> bool:
     return decoder_only
 
 
-def round_to_half(codec: Codec):
-    """Round a finished codec's weights to half precision, so that a copy saved in half precision
-    gives exactly the same tokens."""
-    rounded = {name: value.half() if value.is_floating_point() else value
-               for name, value in codec.state_dict().items()}
-    codec.load_state_dict(rounded)
-
-
 def summary(recent: list[tuple], codebook_size: int) -> dict:
     """Mean losses since the last call, and how evenly the codes were used."""
     losses, tokens = zip(*recent)
@@ -558,7 +551,7 @@ def save(path: Path, checkpoint: dict):
 
 @torch.inference_mode()
 def report(codec: Codec, files: list[Path], out: Path):
-    """Mel distance, usage and perplexity on the first 30 s of each file; also in report.json."""
+    """Mel distance, usage and perplexity on the first 30 s of each file -> out/report.json."""
     device = next(codec.parameters()).device
     codec.eval()
     mel_distance, distances, tokens = MelDistance().to(device), [], []
@@ -591,12 +584,9 @@ def reconstruct(args):
     wav = read_audio(source)
     tokens = codec.encode(wav[None].to(device))
     made = codec.decode(tokens)[0, :len(wav)].cpu().clamp(-1, 1)
-    part = Path(target).with_stem(".part")
-    try:
-        sf.write(part, made.numpy(), SAMPLE_RATE)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"{target}: not a name of audio; try one ending in .wav or .flac")
-    os.replace(part, target)
+    buffer = io.BytesIO()
+    sf.write(buffer, made.numpy(), SAMPLE_RATE, format=Path(target).suffix[1:])
+    write_atomically(Path(target), buffer.getvalue())
     print(f"wrote {target}: {tokens.numel()} tokens, {codec.bitrate / 1000:.1f} kbit/s")
 
 
@@ -677,7 +667,7 @@ def read_audio(path: str | Path, seconds: float | None = None, at: float = 0.0) 
             while left > 0 and len(block := file.read(min(left, 1 << 20), "float32", True)):
                 blocks.append(block.mean(1))
                 left -= len(block)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, TypeError) as error:     # TypeError: headerless .raw
         raise ValueError(f"{path}: not readable as audio ({str(error).splitlines()[0]})")
     wav = np.concatenate(blocks)
     if not len(wav):
@@ -718,8 +708,8 @@ def find_subsets(corpora: list[str], **asked: list[str]) -> dict[str, dict[str, 
     for role, names in asked.items():
         missing = set(names) - set(found[role])
         if missing or role == "train" and not found[role]:
-            raise ValueError(f"{folder}: no audio of a subset {', '.join(missing or wanted[role])}; "
-                             f"name yours with --{role}")
+            names = ", ".join(missing or wanted[role])
+            raise ValueError(f"{folder}: no audio of a subset {names}; name yours with --{role}")
     return found
 
 

@@ -82,7 +82,7 @@ class Recogniser:
             parts.append(log_probs[:, start - first:start - first + 50 * second].cpu())
         return torch.cat(parts, 1)
 
-    def tokens(self, args) -> tuple[str, list[str]]:
+    def token_source(self, args) -> tuple[str, list[str]]:
         """-> the folder of its tokens, the subsets to evaluate."""
         folder = args.tokens or self.flags["tokens"]
         found = read_meta(folder)
@@ -233,9 +233,10 @@ def save_report(args, name: str, report: dict, page: str) -> Path:
     """Print the page; write it to name.md, and the numbers with their origin to name.json."""
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    git = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
+    git = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=Path(__file__).parent,
+                         capture_output=True, text=True)
     origin = {"command": shlex.join(["python", *sys.argv]), "seed": args.seed,
-              "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+              "commit": git.stdout.strip(),
               "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, "
                          f"{torch.get_num_threads()} threads"}
     write_atomically(out / f"{name}.md", page.encode())
@@ -250,7 +251,7 @@ def evaluate(args):
     report, rows, first, subsets, page = {}, [], {}, [], ""
     for name, path in paths.items():
         run = Recogniser(path, args)
-        folder, tested = run.tokens(args)
+        folder, tested = run.token_source(args)
         subsets = subsets or tested                     # those of the first run
         bitrate = run.meta["bitrate"] * run.model.num_codebooks / max(1, run.meta["codebooks"])
         report[name] = {"flags": run.flags, "meta": run.meta, "bitrate": bitrate, "log": run.log,
@@ -329,7 +330,7 @@ def content(args):
     meta, flags = recogniser.meta, recogniser.flags
     if not meta["codebooks"] or flags["subsampling"] > 1:
         raise ValueError(f"{args.asr}: --content needs a run on tokens, without subsampling")
-    data = TokenSet(*recogniser.tokens(args))
+    data = TokenSet(*recogniser.token_source(args))
     names = sorted({row["speaker"] for row in data.rows})
     tokens, labels = [], {"character": [], "speaker": []}   # of each utterance: (T, Q), (T,)
     for row, array in zip(data.rows, data.arrays):
@@ -471,10 +472,11 @@ def plot_bars(values: dict[str, dict[str, float]], path: Path):
     """Bars side by side, {label: {name: share}}: a name is a language, or a codebook."""
     fig, (axis,) = figure(1, 3.2)
     width = 0.8 / len(values)
+    names = [*dict.fromkeys(itertools.chain(*values.values()))]
     for number, (label, shares) in enumerate(values.items()):
-        at = np.arange(len(shares)) + width * number
-        axis.bar(at, [100 * share for share in shares.values()], width, label=label)
-        axis.set_xticks(at, shares.keys(), fontsize=7)
+        at = np.arange(len(names)) + width * number
+        axis.bar(at, [100 * shares.get(name, 0) for name in names], width, label=label)
+    axis.set_xticks(range(len(names)), names, fontsize=7)
     axis.set_ylabel("%")
     axis.legend()
     fig.savefig(path)

@@ -69,7 +69,6 @@ class ResidualVQ(nn.Module):
         """(Q, K, D)."""
         return self.embed
 
-    @torch.autocast("cuda", enabled=False)
     def forward(self, latent: Tensor) -> Quantized:
         """latent (B, D, T) -> Quantized. In training, the codebooks learn from it.
 
@@ -79,8 +78,8 @@ class ResidualVQ(nn.Module):
         frames = latent.float().transpose(1, 2).reshape(-1, self.dim)       # (N, D)
         depth = self.random_depth(batch, latent.device).repeat_interleave(time)     # (N,)
 
-        # The residuals are detached: every level's commitment loss then reaches the encoder once,
-        # at full strength. Chained residuals cancel all but the first level's (encodec issue 25).
+        # The residuals are detached, so that every level's commitment loss reaches the encoder.
+        # Chained residuals cancel all but the first level's (encodec issue 25).
         residual = frames.detach()
         quantised = torch.zeros_like(residual)
         tokens, loss = [], 0.0
@@ -127,8 +126,8 @@ class ResidualVQ(nn.Module):
     def initialise(self, frames: Tensor):
         """k-means on frames (N, D), one level at a time, each on what the previous levels left.
 
-        Takes eight frames a code or more: from fewer, the deeper levels would start as copies of
-        single residuals, or as zeros.
+        Needs at least eight frames per code: from fewer, the deeper levels would start as copies
+        of single residuals, or as zeros.
         """
         residual = frames
         for level in range(self.num_codebooks):
@@ -208,10 +207,10 @@ class GroupFSQ(nn.Module):
         super().__init__()
         self.num_codebooks, self.codebook_size = num_groups, prod(levels)
         self.dim = num_groups * len(levels)
-        width = torch.tensor(levels)
+        sizes = torch.tensor(levels)
         # Index of a code in mixed radix: digit d counts levels[0] * ... * levels[d - 1].
-        basis = torch.cat([torch.ones(1, dtype=torch.long), width.cumprod(0)[:-1]])
-        self.register_buffer("width", width, persistent=False)
+        basis = torch.cat([torch.ones(1, dtype=torch.long), sizes.cumprod(0)[:-1]])
+        self.register_buffer("levels", sizes, persistent=False)
         self.register_buffer("basis", basis, persistent=False)
 
     def forward(self, latent: Tensor) -> Quantized:
@@ -245,10 +244,10 @@ class GroupFSQ(nn.Module):
         rounding gives exactly that many values (Mentzer et al., section 3.1).
         """
         groups = latent.float().transpose(1, 2).unflatten(2, (self.num_codebooks, -1))
-        half = (self.width - 1) * (1 + 1e-3) / 2
-        offset = torch.where(self.width % 2 == 0, 0.5, 0.0)
+        half = (self.levels - 1) * (1 + 1e-3) / 2
+        offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
         shift = torch.atanh(offset / half)                  # a latent of 0 becomes the value 0
-        return torch.tanh(groups + shift) * half - offset + self.width // 2
+        return torch.tanh(groups + shift) * half - offset + self.levels // 2
 
     def index(self, digits: Tensor) -> Tensor:
         """Digits (B, T, Q, d) -> tokens (B, Q, T)."""
@@ -256,11 +255,11 @@ class GroupFSQ(nn.Module):
 
     def unpack(self, tokens: Tensor) -> Tensor:
         """Tokens (B, T, Q) -> digits (B, T, Q, d)."""
-        return tokens[..., None] // self.basis % self.width
+        return tokens[..., None] // self.basis % self.levels
 
     def values(self, digits: Tensor) -> Tensor:
         """Digits (B, T, Q, d) -> the numbers in [-1, 1] that they stand for, (B, D, T)."""
-        return (digits / (self.width // 2) - 1).flatten(2).transpose(1, 2)
+        return (digits / (self.levels // 2) - 1).flatten(2).transpose(1, 2)
 
 
 def redundancy(latent: Tensor) -> Tensor:

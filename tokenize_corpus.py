@@ -67,8 +67,8 @@ def read_subset(folders: list[Path], subset: str) -> tuple[list[Utterance], list
             found = read_librispeech(folder, subset, skipped)
         for item in found:
             try:
-                if not item.text:
-                    raise ValueError("its transcript is empty")
+                if not item.text or "\ufffd" in item.text:
+                    raise ValueError("its transcript is empty, or not UTF-8")
                 if item.id in kept:
                     raise ValueError(f"{kept[item.id].audio} has the same id")
                 seconds = sf.info(item.audio).duration
@@ -284,7 +284,7 @@ def tokenize(args):
                 raise ValueError(f"--{role} {subset}: not the name of a subset; name its --corpus")
             utterances, skipped = read_subset(folders, subset)
             noise = Noise(args.noise, args.snr, utterances, args.seed)
-            if role == "train":
+            if subset in corpus["train"]:
                 utterances = with_copies(utterances, args)
             encode(front_end, utterances[rank::world], noise, out / subset, args.workers)
             if world > 1:
@@ -321,7 +321,7 @@ def write_rows(out: Path, subset: str, utterances: list[Utterance], skipped: lis
     for item in utterances:
         array = out / subset / f"{item.id}.npy"
         if not array.exists():
-            skipped.append(f"{item.audio}: cannot be read as audio")
+            skipped.append(f"{item.audio}: could not be encoded")
             continue
         row = item._asdict() | {
             "audio": str(item.audio.resolve()), "duration": round(item.duration, 3),

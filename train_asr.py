@@ -59,7 +59,7 @@ def train_units(rows: list[dict], args) -> bytes:
             hard_vocab_limit=False, character_coverage=1.0, max_sentence_length=1 << 24,
             normalization_rule_name="identity", minloglevel=2,
             unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1,
-            user_defined_symbols=[f"<{name}>" for name in languages])
+            user_defined_symbols=[f"<|{name}|>" for name in languages])
     except RuntimeError as error:
         raise ValueError(f"--units {args.units} --vocab-size {args.vocab_size}: "
                          f"{str(error).splitlines()[-1]}")
@@ -79,8 +79,8 @@ def greedy(units: SentencePieceProcessor, log_probs: Tensor, out_len: Tensor) ->
 
 
 def split_language(text: str) -> tuple[str, str]:
-    """'<en> HELLO' -> 'en', 'HELLO'; without a token '', text."""
-    return re.fullmatch(r"(?:<(.*?)>)? *(.*)", text).groups(default="")
+    """'<|en|> HELLO' -> 'en', 'HELLO'; without a token '', text."""
+    return re.fullmatch(r"(?:<\|(.*?)\|>)? *(.*)", text).groups(default="")
 
 
 # -------------------------------------------------------------------------------------------- data
@@ -108,7 +108,7 @@ class TokenSet:
                     self.rows.append(row)
                     self.arrays.append(torch.from_numpy(array[:, :codebooks or None]))
         if not self.rows:
-            raise ValueError(f"{folder}: no utterances; name subsets to tokenize_corpus.py")
+            raise ValueError(f"{folder}: no dev subset; name one with --dev to tokenize_corpus.py")
 
     def take(self, group: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
         """Utterance numbers, B of them -> tokens (B, T, Q), token_len (B,)."""
@@ -177,7 +177,7 @@ def frames_needed(target: Tensor) -> int:
 
 
 def transcript(row: dict, lang_token: bool) -> str:
-    return f"<{row['lang']}> {row['text']}" if lang_token else row["text"]
+    return f"<|{row['lang']}|> {row['text']}" if lang_token else row["text"]
 
 
 # -------------------------------------------------------------------------------------- optimiser
@@ -272,7 +272,7 @@ def train(args):
             progress = (epoch + number / len(groups)) / args.epochs
             decay = 0.5 + 0.5 * math.cos(math.pi * progress)
             model.augment.strength = ramp(step, args)
-            torch.manual_seed((args.seed * 1_000_000 + step) * world + rank)    # also on resuming
+            torch.manual_seed((args.seed * 1_000_000 + step) * world + rank)    # resumed or not
 
             # A group smaller than the number of processes goes whole to all of them.
             mine, scale = (group[rank::world], world) if len(group) >= world else (group, 1)
@@ -393,8 +393,8 @@ def seconds(function) -> float:
     for _ in range(4):
         began = time.perf_counter()
         function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
         times.append(time.perf_counter() - began)
     return float(np.median(times[1:]))
 
