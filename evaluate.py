@@ -289,8 +289,8 @@ def conditions(run: Recogniser, data: TokenSet, args) -> Iterator[tuple]:
     """-> kind of noise, signal-to-noise ratio, arrays of the utterances: first without noise."""
     yield None, None, data.arrays
     items = [Utterance(**{name: row[name] for name in Utterance._fields}) for row in data.rows]
+    front_end = run.front_end(args.codec) if args.noise else None
     for kind, snr in itertools.product(args.noise, args.snr):
-        front_end = run.front_end(args.codec)
         noise = Noise([kind], [snr, snr], items, args.seed)
         yield kind, snr, [torch.from_numpy(front_end(noise(read_audio(item.audio), item)))
                           for item in tqdm(items, f"{kind} {snr:g} dB", disable=None)]
