@@ -164,19 +164,19 @@ def feed_forward(width: int) -> nn.Module:
 class ConformerBlock(nn.Module):
     """Half a feed-forward, attention, convolution, half a feed-forward, all residual."""
 
-    def __init__(self, width: int, heads: int, kernel: int, dropout: float):
+    def __init__(self, width: int, heads: int, kernel: int):
         super().__init__()
         self.before, self.after = feed_forward(width), feed_forward(width)
         self.attention = Attention(width, heads)
         self.convolution = Convolution(width, kernel)
-        self.norm, self.drop = nn.LayerNorm(width), nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(width)
 
     def forward(self, y: Tensor, real: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """y (B, T, C), real (B, T) -> (B, T, C)."""
-        y = y + 0.5 * self.drop(self.before(y))
-        y = y + self.drop(self.attention(y, real[:, None, None], cos, sin))
-        y = y + self.drop(self.convolution(y, real[:, :, None]))
-        y = y + 0.5 * self.drop(self.after(y))
+        y = y + 0.5 * self.before(y)
+        y = y + self.attention(y, real[:, None, None], cos, sin)
+        y = y + self.convolution(y, real[:, :, None])
+        y = y + 0.5 * self.after(y)
         return self.norm(y)
 
 
@@ -189,8 +189,7 @@ class CodecASR(nn.Module):
     """
 
     def __init__(self, vocab_size: int, num_codebooks: int = 8, codebook_size: int = 1000,
-                 dim: int = 32, aggregate: str = "sum", size: str = "small", subsampling: int = 1,
-                 dropout: float = 0.0):
+                 dim: int = 32, aggregate: str = "sum", size: str = "small", subsampling: int = 1):
         """num_codebooks 0: the input is features (B, T, dim). subsampling: 1, 2 or 4."""
         super().__init__()
         width, layers, heads, kernel = SIZES[size].values()
@@ -208,9 +207,8 @@ class CodecASR(nn.Module):
             # torch's own start shrinks the signal to a tenth, and CTC stays on its plateau.
             nn.init.kaiming_normal_(layer.weight)
             self.subsample.append(layer)
-        self.blocks = nn.ModuleList(
-            ConformerBlock(width, heads, kernel, dropout) for _ in range(layers))
-        self.drop, self.output = nn.Dropout(dropout), nn.Linear(width, vocab_size)
+        self.blocks = nn.ModuleList(ConformerBlock(width, heads, kernel) for _ in range(layers))
+        self.output = nn.Linear(width, vocab_size)
 
     @torch.no_grad()
     def start_from(self, codebooks: Tensor | None, sample: Tensor):
@@ -249,7 +247,6 @@ class CodecASR(nn.Module):
             out_len = (out_len + 1) // 2
         real = real_steps(y.shape[1], out_len)                                      # (B, T')
         cos, sin = self.angles(y.shape[1], y.device)
-        y = self.drop(y)
         for block in self.blocks:
             y = block(y, real, cos, sin)
         return self.output(y).float().log_softmax(-1), out_len

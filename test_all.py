@@ -111,7 +111,7 @@ def same_weights(one: Path, other: Path, name="model") -> bool:
 
 
 CODEC = ["--steps", 5, "--batch", 2, "--crop", 0.5, "--codebooks", 4]
-READING = ["--epochs", 8, "--batch", 3, "--lr", 0.004, "--dropout", 0,
+READING = ["--epochs", 8, "--batch", 3, "--lr", 0.004,
            "--time-masks", 0, "--codebook-masks", 0, "--feature-masks", 0]
 
 
@@ -567,7 +567,7 @@ def test_unreadable_audio_is_named_and_silence_gives_no_nan():
 # -------------------------------------------------------------------------------------- recogniser
 
 def make_asr(**more) -> CodecASR:
-    sizes = dict(num_codebooks=3, codebook_size=20, dim=8, size="tiny", dropout=0.0)
+    sizes = dict(num_codebooks=3, codebook_size=20, dim=8, size="tiny")
     return CodecASR(12, **sizes | more).eval()
 
 

@@ -182,13 +182,18 @@ def transcript(row: dict, lang_token: bool) -> str:
 
 # -------------------------------------------------------------------------------------- optimiser
 
-def make_optimisers(model: CodecASR, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for the rest; each keeps its peak learning rate
-    in `defaults`."""
-    matrices = {name: p for name, p in model.named_parameters() if "blocks" in name and p.ndim == 2}
-    others = [p for name, p in model.named_parameters() if name not in matrices]
-    return [Muon(matrices.values(), 2.5 * lr),
-            torch.optim.AdamW(others, lr, betas=(0.9, 0.98), fused=True)]
+def make_optimisers(model: CodecASR, args) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for the rest; each group of parameters keeps its
+    peak learning rate as `peak`."""
+    # Tables that start as codebooks know much already; at the full rate, they learn noise by heart.
+    slower = 1.0 if args.embedding == "random" else 0.1
+    matrices, tables, others = [], [], []
+    for name, parameter in model.named_parameters():
+        kind = matrices if "blocks" in name and parameter.ndim == 2 else others
+        (tables if "tables" in name else kind).append(parameter)
+    groups = [{"params": others, "peak": args.lr}, {"params": tables, "peak": slower * args.lr}]
+    return [Muon(matrices, 2.5 * args.lr),
+            torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)]
 
 
 class Muon(torch.optim.Optimizer):
@@ -202,7 +207,7 @@ class Muon(torch.optim.Optimizer):
         groups = {}
         for matrix in matrices:
             groups.setdefault(matrix.shape, []).append(matrix)
-        super().__init__([{"params": group} for group in groups.values()], {"lr": lr})
+        super().__init__([{"params": group, "peak": lr} for group in groups.values()], {"lr": lr})
 
     @torch.no_grad()
     def step(self):
@@ -244,7 +249,7 @@ def train(args):
     data = TrainSet(args, meta, saved["text"] if saved else None)
     dev = TokenSet(args.tokens, meta["dev"], args.codebooks)
     model = start_model(args, meta, data).to(device)
-    optimisers = make_optimisers(model, args.lr)
+    optimisers = make_optimisers(model, args)
 
     state = saved or {"kind": "asr", "text": data.units.serialized_model_proto(),
                       "epoch": 0, "step": 0, "best": math.inf, "log": []}
@@ -282,8 +287,7 @@ def train(args):
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimiser in optimisers:
                 for part in optimiser.param_groups:
-                    part["lr"] = (optimiser.defaults["lr"] * decay
-                                  * min(1.0, (step + 1) / warmup))
+                    part["lr"] = part["peak"] * decay * min(1.0, (step + 1) / warmup)
                 optimiser.step()
                 optimiser.zero_grad()
             losses.append(loss.detach())
@@ -323,7 +327,7 @@ def build_model(flags: dict, meta: dict, vocab_size: int) -> CodecASR:
     wide = codebooks and flags["embedding"] == "random"
     dim = max(128, meta["dim"]) if wide else meta["dim"]
     return CodecASR(vocab_size, codebooks, meta["codebook_size"], dim, flags["aggregate"],
-                    flags["size"], flags["subsampling"], flags["dropout"])
+                    flags["size"], flags["subsampling"])
 
 
 def start_model(args, meta: dict, data: TrainSet) -> CodecASR:
@@ -507,7 +511,6 @@ def parse(arguments=None):
     add("--lang-token", action="store_true", help="begin transcripts with a token of the language")
     add("--subsampling", type=int, choices=(1, 2, 4), default=1,
         help="input frames merged into one: 4 for 10 ms log-mel, 2 for 80 Hz tokens")
-    add("--dropout", type=float, default=0.0, help="dropout rate in the Conformer")
     add("--epochs", type=int, default=25, help="passes over the training utterances")
     add("--batch", type=float, default=40.0, help="seconds of speech a step, over all processes")
     add("--lr", type=float, default=3e-3, help="peak learning rate; 2.5 times as much in Muon")
