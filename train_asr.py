@@ -513,7 +513,8 @@ def parse(arguments=None):
         help="input frames merged into one: 4 for 10 ms log-mel, 2 for 80 Hz tokens")
     add("--epochs", type=int, default=25, help="passes over the training utterances")
     add("--batch", type=float, default=40.0, help="seconds of speech a step, over all processes")
-    add("--lr", type=float, default=3e-3, help="peak learning rate; 2.5 times as much in Muon")
+    add("--lr", type=float, default=3e-3, help="peak learning rate; 2.5 times as much in "
+        "Muon, a tenth for tables that start as codebooks")
     add("--seed", type=int, default=0, help="random seed for weights, data order and masks")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
     add("--out", default="runs/asr", help="folder to write")
