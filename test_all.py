@@ -667,7 +667,7 @@ def test_tables_start_frozen_random_or_as_the_first_codebooks():
         run(train_asr, "--tokens", letters(), *flags, "--out", out)
         tables[kind] = Recogniser(out / "asr.pt", EVALUATE).model.embedding.tables
     assert torch.equal(tables["frozen"], books) and tables["random"].shape == (64, 128)
-    assert 0 < (tables["codebook"] - books[:32]).abs().max() < 0.1
+    assert 0 < (tables["codebook"] - books[:32]).abs().max() < 0.001       # slowly
 
 
 def test_an_epoch_takes_one_variant_of_each_utterance_in_bounded_batches():
