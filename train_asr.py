@@ -185,13 +185,17 @@ def transcript(row: dict, lang_token: bool) -> str:
 def make_optimisers(model: CodecASR, args) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for the rest; each group of parameters keeps its
     peak learning rate as `peak`."""
-    # Tables that start as codebooks know much already; at the full rate, they learn noise by heart.
-    slower = 1.0 if args.embedding == "random" else 0.1
+    # Tables that start as codebooks know much already; at the full rate, training spoils them.
+    table_lr = args.lr if args.embedding == "random" else 0.1 * args.lr
     matrices, tables, others = [], [], []
     for name, parameter in model.named_parameters():
-        kind = matrices if "blocks" in name and parameter.ndim == 2 else others
-        (tables if "tables" in name else kind).append(parameter)
-    groups = [{"params": others, "peak": args.lr}, {"params": tables, "peak": slower * args.lr}]
+        if name == "embedding.tables":
+            tables.append(parameter)
+        elif "blocks" in name and parameter.ndim == 2:
+            matrices.append(parameter)
+        else:
+            others.append(parameter)
+    groups = [{"params": others, "peak": args.lr}, {"params": tables, "peak": table_lr}]
     return [Muon(matrices, 2.5 * args.lr),
             torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)]
 
@@ -513,8 +517,9 @@ def parse(arguments=None):
         help="input frames merged into one: 4 for 10 ms log-mel, 2 for 80 Hz tokens")
     add("--epochs", type=int, default=25, help="passes over the training utterances")
     add("--batch", type=float, default=40.0, help="seconds of speech a step, over all processes")
-    add("--lr", type=float, default=3e-3, help="peak learning rate; 2.5 times as much in "
-        "Muon, a tenth for tables that start as codebooks")
+    add("--lr", type=float, default=3e-3,
+        help="peak learning rate; Muon takes 2.5 times as much, tables that start as codebooks "
+             "a tenth")
     add("--seed", type=int, default=0, help="random seed for weights, data order and masks")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
     add("--out", default="runs/asr", help="folder to write")
