@@ -204,7 +204,7 @@ class CodecASR(nn.Module):
         self.subsample = nn.ModuleList()
         for _ in range(subsampling // 2):           # 0, 1 or 2 layers that halve the frame rate
             layer = nn.Conv1d(width, width, 3, stride=2, padding=1)
-            # torch's own start shrinks the signal to a tenth, and CTC stays on its plateau.
+            # torch's default shrinks the signal to a tenth: the model goes on predicting blanks.
             nn.init.kaiming_normal_(layer.weight)
             self.subsample.append(layer)
         self.blocks = nn.ModuleList(ConformerBlock(width, heads, kernel) for _ in range(layers))
@@ -222,7 +222,7 @@ class CodecASR(nn.Module):
             emb = self.embedding(sample[None], torch.ones(1, *sample.shape))[0]
         deviation = emb.std(0)
         self.mean.copy_(emb.mean(0))
-        # A dimension that never moves, as most of FSQ's side by side, must not be blown up.
+        # A dimension that never varies, as most of FSQ's stacked tables, must not be scaled up.
         self.deviation.copy_(torch.where(deviation > 0.01 * emb.std(), deviation, 1.0))
 
     def embed(self, tokens: Tensor, token_len: Tensor) -> Tensor:

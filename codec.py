@@ -2,7 +2,7 @@
 
 in   a corpus of audio          synthetic speech, LibriSpeech, or any folder; no transcripts needed
 out  runs/codec/codec.pt        weights and configuration; training resumes from it
-     runs/codec/report.json     how well it reproduces the dev audio
+     runs/codec/report.json     how well it reproduces dev audio, up to 100 files of it
      runs/codec/log.jsonl       the losses, every 100 steps
 
     python codec.py                                               # synthetic speech, a few minutes
@@ -125,8 +125,8 @@ class TimeEncoder(nn.Module):
 
     Each stride shortens the time axis and doubles the channels; a residual unit refines the result.
     SEANet's first convolution and residual unit, at the full sample rate, cost most: left out.
-    Four departures let it learn within minutes the energy in bands of frequency, which a log-mel
-    spectrum gives for free:
+    Four departures let it learn within minutes what a log-mel spectrum gives for free, the energy
+    in each band of frequencies:
     - LeakyReLU, which rectifies however quiet the sound is. ELU is nearly a straight line around 0.
     - He initialisation, which keeps the size of the signal from layer to layer.
     - A LayerNorm of each frame, so that quiet frames are not all rounded to one code.
@@ -449,7 +449,8 @@ def train(args):
         for step in tqdm(range(start, args.steps), "codec", disable=True if rank else None):
             wav = ahead.result().to(device)                             # (B, S)
             ahead = reader.submit(crops.step, step + 1, rank, world)
-            torch.manual_seed((args.seed * 1_000_000 + step) * world + rank)    # resumed or not
+            # The same draws as without a resume.
+            torch.manual_seed((args.seed * 1_000_000 + step) * world + rank)
             # 100 steps of warm-up, then a half cosine down to a twentieth of the peak.
             cosine = 0.525 + 0.475 * math.cos(math.pi * step / args.steps)
             lr = args.lr * min(1.0, (step + 1) / 100) * cosine
@@ -479,7 +480,7 @@ def train(args):
                                 "discriminator": discriminator.state_dict(),
                                 "optimisers": [item.state_dict() for item in optimisers]})
     if rank == 0:
-        report(codec, audio_files(corpus["dev"])[:100], path.parent)
+        report(codec, audio_files(corpus["dev"]), path.parent)
         if crops.unreadable:
             print(f"{len(crops.unreadable)} files could not be read")
         print(f"wrote {path}; next: python tokenize_corpus.py --codec {path}")
@@ -500,11 +501,11 @@ def start_codebooks(codec: Codec, crops: Crops):
 
 def update(loss: Tensor, optimiser: torch.optim.Optimizer, lr: float):
     """One optimiser step. Gradients are clipped, so that a click in one file does no harm."""
-    parameters = optimiser.param_groups[0]["params"]
-    optimiser.param_groups[0]["lr"] = lr
+    (group,) = optimiser.param_groups
+    group["lr"] = lr
     optimiser.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(parameters, 1.0)
+    nn.utils.clip_grad_norm_(group["params"], 1.0)
     optimiser.step()
 
 
@@ -551,11 +552,11 @@ def save(path: Path, checkpoint: dict):
 
 @torch.inference_mode()
 def report(codec: Codec, files: list[Path], out: Path):
-    """Mel distance, usage and perplexity on the first 30 s of each file -> out/report.json."""
+    """Mel distance, usage and perplexity on 30 s each of at most 100 files -> out/report.json."""
     device = next(codec.parameters()).device
     codec.eval()
     mel_distance, distances, tokens = MelDistance().to(device), [], []
-    for path in files:
+    for path in files[::1 + len(files) // 100]:
         try:
             wav = read_audio(path, seconds=30)[None].to(device)
         except ValueError as error:
@@ -701,15 +702,18 @@ def find_subsets(corpora: list[str], **asked: list[str]) -> dict[str, dict[str, 
             dist.barrier()              # the other processes wait until the corpus is there
         if not folder.is_dir():
             raise ValueError(f"--corpus {corpus}: no such folder, and none of {', '.join(CORPORA)}")
-        for role, names in wanted.items():
+        present = {role: [name for name in names if find_audio(folder, name)]
+                   for role, names in wanted.items()}
+        if not any(present.values()):
+            raise ValueError(f"{folder}: no audio for {wanted}; name your subsets with --train")
+        for role, names in present.items():
             for name in names:
-                if find_audio(folder, name):
-                    found[role].setdefault(name, []).append(folder)
+                found[role].setdefault(name, []).append(folder)
     for role, names in asked.items():
         missing = set(names) - set(found[role])
         if missing or role == "train" and not found[role]:
             names = ", ".join(missing or wanted[role])
-            raise ValueError(f"{folder}: no audio of a subset {names}; name yours with --{role}")
+            raise ValueError(f"{folder}: no audio in subset {names}; name yours with --{role}")
     return found
 
 
@@ -790,7 +794,6 @@ def parse(arguments=None):
         parser.error("--codebooks, --codebook-size, --steps, --batch, --crop, --lr must be above 0")
     if min(args.strides) < 1 or math.prod(args.strides) % 2:
         parser.error("--strides: the product must be even")
-
     if args.quantizer == "fsq" and args.codebook_size != 1024:
         parser.error("--codebook-size is for --quantizer rvq; FSQ has 1000 codes")
     return args
@@ -837,7 +840,7 @@ def fetch_librispeech(folder: Path, subset: str):
     print(f"downloading {url}")
     socket.setdefaulttimeout(60)
     try:
-        torch.hub.download_url_to_file(url, str(archive))
+        torch.hub.download_url_to_file(url, archive)
     except OSError as error:
         raise ValueError(f"{url}: {error}; run again, or unpack it by hand to {folder / subset}")
     with open(archive, "rb") as file:

@@ -35,7 +35,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from asr_model import CodecASR
-from codec import (SAMPLE_RATE, Codec, HelpPage, LogMel, pick_device, read_audio,
+from codec import (SAMPLE_RATE, Codec, HelpPage, LogMel, mel_window, pick_device, read_audio,
                    write_atomically)
 from tokenize_corpus import FrontEnd, Noise, Utterance
 from train_asr import (TokenSet, build_model, check_same_tokens, frames_needed, greedy,
@@ -68,8 +68,8 @@ class Recogniser:
     def log_probs(self, array: Tensor) -> Tensor:
         """A recording of any length, (T, Q) or (T, D) -> (1, T', V), in bounded memory.
 
-        Recordings longer than 50 seconds go through in windows. Neighbours overlap by ten
-        seconds, and each supplies half of the overlap, so that no word is lost or repeated.
+        Recordings longer than 50 seconds are read in windows. Neighbours overlap by ten seconds,
+        and each supplies the half that it sees best, which hardly ever costs a word.
         """
         factor = self.flags["subsampling"]
         second = round(self.meta["sample_rate"] / self.meta["hop"] / factor)    # in output frames
@@ -160,8 +160,8 @@ class Score:
         self.chars = errors(jiwer.process_characters, self.refs, texts)
         speakers = [row["speaker"] for row in rows]
         # The bootstrap draws speakers; where these are few, or unknown, utterances.
-        units = speakers if len(set(speakers)) >= 5 else range(len(rows))
-        self.groups = np.unique(list(units), return_inverse=True)[1]
+        drawn = speakers if len(set(speakers)) >= 5 else range(len(rows))
+        self.groups = np.unique(drawn, return_inverse=True)[1]
 
     def summary(self, seed: int) -> dict:
         by_speaker = {}     # speaker: word errors, words, character errors, characters
@@ -247,9 +247,8 @@ def save_report(args, name: str, report: dict, page: str) -> Path:
 
 def evaluate(args):
     """Evaluate one run, or compare several, on the test subsets: clean, and in noise."""
-    paths = {folder: Path(folder) / "asr.pt" for folder in args.compare} or {args.asr: args.asr}
     report, rows, first, subsets, page = {}, [], {}, [], ""
-    for name, path in paths.items():
+    for name, path in runs(args).items():
         run = Recogniser(path, args)
         folder, tested = run.token_source(args)
         subsets = subsets or tested                     # those of the first run
@@ -283,6 +282,11 @@ def evaluate(args):
         wav = read_audio(data.rows[0]["audio"])
         plot_utterance(run, wav, data.arrays[0], out / "utterance.png")
         plot_report(report, out)
+
+
+def runs(args) -> dict[str, str | Path]:
+    """Names and checkpoints of the runs to look at."""
+    return {folder: Path(folder) / "asr.pt" for folder in args.compare} or {args.asr: args.asr}
 
 
 def conditions(run: Recogniser, data: TokenSet, args) -> Iterator[tuple]:
@@ -319,44 +323,50 @@ def entropy(*labels: np.ndarray) -> float:
 
 
 def content(args):
-    """What each codebook reveals about the text unit being said, and about the speaker.
+    """What each codebook of each run reveals about the text unit being said, and the speaker.
 
-    The recogniser itself says where its units are, by forced alignment; each frame belongs to the
-    nearest one. Mutual information is H(code) + H(label) - H(code, label). So many codes look
-    informative by chance: what the labels of other utterances give is subtracted, which leaves
-    H(code, label of another) - H(code, label), a lower bound.
+    Mutual information is H(code) + H(label) - H(code, label). Of so many codes, some look
+    informative by chance; we subtract what the labels of other utterances give. What remains,
+    H(code, label of another) - H(code, label), is a lower bound.
     """
-    recogniser = Recogniser(args.asr, args)
-    meta, flags = recogniser.meta, recogniser.flags
-    if not meta["codebooks"] or flags["subsampling"] > 1:
-        raise ValueError(f"{args.asr}: --content needs a run on tokens, without subsampling")
-    data = TokenSet(*recogniser.token_source(args))
-    names = sorted({row["speaker"] for row in data.rows})
-    tokens, labels = [], {"character": [], "speaker": []}   # of each utterance: (T, Q), (T,)
+    rows, shares, page = [], {}, ""
+    for run, path in runs(args).items():
+        tokens, labels, total = labelled_frames(Recogniser(path, args), args)
+        page += f"\n{run}: {len(tokens)} of {total} utterances could be aligned."
+        order = np.random.default_rng(args.seed).permutation(len(tokens))
+        for name, found in labels.items():
+            right, wrong = np.concatenate(found), np.concatenate([found[i] for i in order])
+            bars = shares[f"{run}, {name}"] = {}
+            for level, codes in enumerate(np.concatenate(tokens).T, 1):
+                bits = entropy(codes, wrong) - entropy(codes, right)
+                bars[str(level)] = bits / (entropy(right) or 1)     # a single speaker has none
+                rows.append([run, name, level, f"{bits:.2f}", f"{bars[str(level)]:.0%}"])
+    header = ["run", "label", "codebook", "bits", "share of the label's entropy"]
+    page = table(header, rows) + page + "\nLower bounds: what chance gives is subtracted.\n"
+    out = save_report(args, "content", {"shares": shares}, page)
+    if args.plots:
+        plot_bars(shares, out / "content.png")
+
+
+def labelled_frames(run: Recogniser, args) -> tuple[list[np.ndarray], dict, int]:
+    """-> tokens of each utterance (T, Q), {kind of label: those of each utterance (T,)}, the
+    number of utterances before some were left out because they could not be aligned.
+
+    The recogniser itself says where its text units are; each frame belongs to the nearest one.
+    """
+    if not run.meta["codebooks"] or run.flags["subsampling"] > 1:
+        raise ValueError(f"{run.path}: --content needs a run on tokens, without subsampling")
+    data = TokenSet(*run.token_source(args))
+    speakers = sorted({row["speaker"] for row in data.rows})
+    tokens, labels = [], {"character": [], "speaker": []}
     for row, array in zip(data.rows, data.arrays):
-        target = torch.tensor(recogniser.units.encode(transcript(row, flags["lang_token"])))
+        target = torch.tensor(run.units.encode(transcript(row, run.flags["lang_token"])))
         target = target[target != 0]
         if 0 < frames_needed(target) <= len(array):
             tokens.append(array.numpy().astype(int))
-            labels["character"].append(align(recogniser.log_probs(array), target))
-            labels["speaker"].append(np.full(len(array), names.index(row["speaker"])))
-    order = np.random.default_rng(args.seed).permutation(len(tokens))
-    rows, shares = [], {}
-    for name, found in labels.items():
-        right, wrong = np.concatenate(found), np.concatenate([found[i] for i in order])
-        shares[name] = {}
-        for level, codes in enumerate(np.concatenate(tokens).T, 1):
-            bits = entropy(codes, wrong) - entropy(codes, right)
-            share = bits / (entropy(right) or 1)            # a single speaker has no entropy
-            shares[name][str(level)] = share
-            rows.append([name, level, f"{bits:.2f}", f"{share:.0%}"])
-    header = ["label", "codebook", "bits", "share of the label's entropy"]
-    page = table(header, rows)
-    page += (f"\n{len(tokens)} of {len(data.rows)} utterances could be aligned. Lower bounds: what "
-             f"chance gives is subtracted.\n")
-    out = save_report(args, "content", {"asr": args.asr, "shares": shares}, page)
-    if args.plots:
-        plot_bars(shares, out / "content.png")
+            labels["character"].append(align(run.log_probs(array), target))
+            labels["speaker"].append(np.full(len(array), speakers.index(row["speaker"])))
+    return tokens, labels, len(data.rows)
 
 
 def align(log_probs: Tensor, target: Tensor) -> np.ndarray:
@@ -387,7 +397,7 @@ def benchmark(args):
                 ("log-mel from audio, 40 frames a second", 0, 400, 1),
                 ("log-mel from audio, 100 frames a second", 0, 160, 1),
                 ("log-mel from audio, 100 frames a second, subsampled to 25", 0, 160, 4)):
-            mel = LogMel(512, hop, 80)
+            mel = LogMel(mel_window(hop), hop, 80)
             model = CodecASR(32, codebooks, 1000, 80, "sum", "tiny", subsampling).to(device)
 
             def step():
@@ -503,15 +513,17 @@ def parse(arguments=None):
     add("--compare", nargs="+", default=[], metavar="RUN_DIR",
         help="folders with an asr.pt each: one table of all, against the first")
     add("--content", action="store_true",
-        help="measure what each codebook reveals about text unit and speaker")
+        help="measure what each codebook reveals about text unit and speaker, also with --compare")
     add("--benchmark", action="store_true", help="measure speed instead of accuracy")
     add("--plots", action="store_true", help="also draw pictures (needs matplotlib)")
     add("--seed", type=int, default=0, help="random seed for noise and bootstrap")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
     add("--out", default="runs/eval", help="folder to write")
     args = parser.parse_args(arguments)
-    if sum(map(bool, (args.audio, args.compare or args.noise, args.content, args.benchmark))) > 1:
-        parser.error("--audio, --content, --benchmark and --compare or --noise: one at a time")
+    scores = args.noise or args.compare and not args.content
+    if sum(map(bool, (args.audio, args.benchmark, args.content, scores))) > 1:
+        parser.error("one at a time: --audio, --benchmark, --content (also with --compare), "
+                     "--compare or --noise")
     return args
 
 

@@ -3,7 +3,8 @@
 in   latent (B, D, T)     the encoder's description of each frame
 out  tokens (B, Q, T)     Q integers a frame, and the quantised latent that they stand for
 
-Legend: B utterances, D latent size, T token frames, Q codebooks, K codes in each, N = B * T frames.
+Legend: B utterances, D latent size, T token frames, Q codebooks, K codes in each, N = B * T frames,
+d numbers in a group of FSQ.
 
 Both keep one promise, on which the recogniser's embedding rests: `codebooks()` returns a tensor
 (Q, K, D), and the quantised latent of a frame is the SUM over q of row `tokens[q]` of codebook q.
@@ -208,7 +209,7 @@ class GroupFSQ(nn.Module):
         self.num_codebooks, self.codebook_size = num_groups, prod(levels)
         self.dim = num_groups * len(levels)
         sizes = torch.tensor(levels)
-        # Index of a code in mixed radix: digit d counts levels[0] * ... * levels[d - 1].
+        # Index of a code in mixed radix: a digit counts the product of the levels before it.
         basis = torch.cat([torch.ones(1, dtype=torch.long), sizes.cumprod(0)[:-1]])
         self.register_buffer("levels", sizes, persistent=False)
         self.register_buffer("basis", basis, persistent=False)
@@ -238,7 +239,7 @@ class GroupFSQ(nn.Module):
                             for left in range(0, self.dim, points.shape[1])])
 
     def digits(self, latent: Tensor) -> Tensor:
-        """(B, D, T) -> (B, T, Q, d): d numbers a group, each in 0 .. levels - 1, not yet rounded.
+        """(B, D, T) -> (B, T, Q, d): numbers in 0 .. levels - 1, not yet rounded.
 
         tanh squashes to (-half, half); an even number of levels is shifted by a half, so that
         rounding gives exactly that many values (Mentzer et al., section 3.1).

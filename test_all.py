@@ -814,7 +814,8 @@ def test_comparison_says_what_ran_where_and_how_it_differs():
 
 
 def test_content_finds_the_codebook_that_spells():
-    shares = ask("content", "--content", asr=letter_asr)["shares"]["character"]
+    home = letter_asr().parent
+    shares = ask("content", "--content", "--compare", home)["shares"][f"{home}, character"]
     assert shares["1"] > 0.5 and abs(shares["2"]) < 0.1, shares
 
 
@@ -867,6 +868,7 @@ def test_scripts_end_bad_input_with_one_line():
     for stage, what, *flags in (
             (codec, "lost", "--corpus", lost),
             (codec, "subset lost", "--corpus", corpus(), "--train", "lost"),
+            (codec, f"{lost.parent}: no audio", "--corpus", corpus(), lost.parent),
             (tokenize_corpus, "damaged", "--corpus", corpus(), "--codec", half),
             (tokenize_corpus, "no codec", "--corpus", corpus(), "--codec", small_asr()),
             (tokenize_corpus, "--noise lost", "--corpus", corpus(), *mel, "--noise", "lost"),

@@ -154,7 +154,7 @@ class Noise:
 
 
 def pink(length: int, rng: np.random.Generator) -> Tensor:
-    """Power falls as 1 / frequency from 20 Hz on; half of it would lie below, under all speech."""
+    """Power falls as 1 / frequency, and is 0 below 20 Hz, where half of it would lie."""
     spectrum = np.fft.rfft(rng.standard_normal(length))
     hz = np.fft.rfftfreq(length, 1 / SAMPLE_RATE)
     spectrum *= (hz >= 20) / np.sqrt(hz.clip(20))
@@ -220,7 +220,7 @@ class FrontEnd:
             self.encode = LogMel(mel_window(hop), hop, 80).to(device)
             self.meta |= {"codec": f"mel-{hop}", "dim": 80}
             return
-        own = Path(codec_path).name != "encodec"
+        own = Path(codec_path).name != "encodec"        # which meta.json holds as a path, too
         codec = Codec.load(codec_path, device) if own else Encodec(device)
         self.quantizer = codec.quantizer
         self.encode = codec.encode if features == "tokens" else codec.latent

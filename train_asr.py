@@ -155,8 +155,8 @@ class TrainSet(TokenSet):
                 (noisy if row["noisy"] else clean).append(i)
             else:
                 dropped.append(row["id"])
-        self.notes = (f"dropped: {len(dropped)} utterances, too short for their transcripts at "
-                      f"this frame rate or longer than {LONGEST:g} s {dropped[:3]}")
+        self.notes = (f"dropped: {len(dropped)} utterances too short for their transcripts at this "
+                      f"frame rate, or longer than {LONGEST:g} s {dropped[:3] or ''}")
         if not self.variants:
             raise ValueError(f"{args.tokens}: nothing to train on; {self.notes}")
 
@@ -185,7 +185,7 @@ def transcript(row: dict, lang_token: bool) -> str:
 def make_optimisers(model: CodecASR, args) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for the rest; each group of parameters keeps its
     peak learning rate as `peak`."""
-    # Tables that start as codebooks know much already; at the full rate, training spoils them.
+    # Tables that start as codebooks generalise better when they change slowly.
     table_lr = args.lr if args.embedding == "random" else 0.1 * args.lr
     matrices, tables, others = [], [], []
     for name, parameter in model.named_parameters():
@@ -219,7 +219,7 @@ class Muon(torch.optim.Optimizer):
             grad = torch.stack([matrix.grad for matrix in group["params"]])         # (N, R, C)
             state = self.state[group["params"][0]]
             momentum = state.setdefault("momentum", torch.zeros_like(grad))
-            momentum.lerp_(grad, 0.05)
+            momentum.lerp_(grad, 0.05)      # the mean of about 20 steps; then Nesterov's look ahead
             steps = orthogonal(grad.lerp(momentum, 0.95).to(fast_dtype(grad.device)))
             scale = max(1.0, grad.shape[1] / grad.shape[2]) ** 0.5
             for matrix, step in zip(group["params"], steps):
@@ -229,7 +229,8 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(y: Tensor) -> Tensor:
     """About U V^T of each singular value decomposition U S V^T, by Newton-Schulz iterations:
-    (N, R, C) -> (N, R, C)."""
+    (N, R, C) -> (N, R, C). The coefficients are those of Jordan et al.: after five iterations, all
+    singular values are near 1, which is close enough."""
     if y.shape[1] > y.shape[2]:
         return orthogonal(y.mT).mT
     y = y / (y.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -275,13 +276,15 @@ def train(args):
     for epoch in range(state["epoch"], args.epochs):
         began, losses = time.time(), []
         groups = data.epoch(epoch, ramp(step, args))
+        # A shorter warm-up can leave CTC where it starts, predicting nothing but blanks.
         warmup = min(1000, args.epochs * len(groups) / 3)
         for number, group in enumerate(tqdm(groups, f"epoch {epoch + 1}/{args.epochs}", leave=False,
                                             disable=True if rank else None)):
             progress = (epoch + number / len(groups)) / args.epochs
             decay = 0.5 + 0.5 * math.cos(math.pi * progress)
             model.augment.strength = ramp(step, args)
-            torch.manual_seed((args.seed * 1_000_000 + step) * world + rank)    # resumed or not
+            # The same draws as without a resume.
+            torch.manual_seed((args.seed * 1_000_000 + step) * world + rank)
 
             # A group smaller than the number of processes goes whole to all of them.
             mine, scale = (group[rank::world], world) if len(group) >= world else (group, 1)
@@ -421,7 +424,7 @@ def evaluate(model: CodecASR, dev: TokenSet, units, frames: int, device) -> tupl
 
 
 # ------------------------------------------------------------------------------- files and devices
-# Some of this stands in codec.py, too: this stage needs nothing of the codec but what is on disk.
+# Some of this repeats codec.py, which this stage does not import.
 
 def save(path: Path, checkpoint: dict):
     """Write the checkpoint, and its log beside it: whole or not at all."""
