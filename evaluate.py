@@ -508,7 +508,7 @@ def parse(arguments=None):
     add("--audio", nargs="+", default=[], help="transcribe these files, then stop")
     add("--lm", help="word language model in ARPA form, .gz or not: beam search; greedy without")
     add("--beam", type=int, default=200, help="hypotheses kept, with --lm")
-    add("--lm-weight", type=float, default=1.5, help="of the language model, with --lm")
+    add("--lm-weight", type=float, default=2.0, help="of the language model, with --lm")
     add("--word-score", type=float, default=0.0, help="added for every word, with --lm")
     add("--compare", nargs="+", default=[], metavar="RUN_DIR",
         help="folders with an asr.pt each: one table of all, against the first")
