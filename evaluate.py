@@ -69,7 +69,7 @@ class Recogniser:
         """A recording of any length, (T, Q) or (T, D) -> (1, T', V), in bounded memory.
 
         Recordings longer than 50 seconds are read in windows. Neighbours overlap by ten seconds,
-        and each supplies the half that it sees best, which hardly ever costs a word.
+        and each supplies the half of the overlap in which it has more context.
         """
         factor = self.flags["subsampling"]
         second = round(self.meta["sample_rate"] / self.meta["hop"] / factor)    # in output frames
