@@ -488,7 +488,7 @@ def plot_bars(values: dict[str, dict[str, float]], path: Path):
     for number, (label, shares) in enumerate(values.items()):
         at = np.arange(len(names)) + width * number
         axis.bar(at, [100 * shares.get(name, 0) for name in names], width, label=label)
-    axis.set_xticks(range(len(names)), names, fontsize=7)
+    axis.set_xticks(range(len(names)), names, fontsize=7, rotation=90)
     axis.set_ylabel("%")
     axis.legend()
     fig.savefig(path)
