@@ -490,7 +490,7 @@ def plot_bars(values: dict[str, dict[str, float]], path: Path):
         axis.bar(at, [100 * shares.get(name, 0) for name in names], width, label=label)
     axis.set_xticks(range(len(names)), names, fontsize=7, rotation=90)
     axis.set_ylabel("%")
-    axis.legend()
+    fig.legend(loc="outside upper right")  # above the axes, so that it hides no bar
     fig.savefig(path)
 
 
