@@ -38,6 +38,7 @@ def real_steps(steps: int, lengths: Tensor) -> Tensor:
 class Augment:
     """Training-time damage, so that a small corpus is not learnt by heart."""
     time_masks: int = 0             # spans of time hidden, each up to a twentieth of the utterance
+    longest_mask: float = 8.0       # frames: a time mask is no longer than this
     codebook_masks: int = 0         # codebooks hidden, each for up to half of the utterance
     feature_masks: int = 0          # bands of the embedding (or of log-mel), each up to a third
     replace: float = 0.0            # share of tokens replaced by random codes
@@ -46,13 +47,13 @@ class Augment:
     noisy_embedding: float = 0.0
     strength: float = 1.0           # 0 to 1: the curriculum's ramp over all of the above
 
-    def spans(self, steps: int, lengths: Tensor, count: int, widest: float) -> Tensor:
-        """True inside `count` random spans an utterance, each up to `widest` of its length.
+    def spans(self, steps: int, lengths: Tensor, count: int, widest: Tensor) -> Tensor:
+        """True inside `count` random spans of each utterance, each up to `widest` steps long.
 
-        lengths (B,) -> (B, count, steps)."""
+        lengths (B,), widest (B,) -> (B, count, steps)."""
         place, share = torch.rand(2, len(lengths), count, 1, device=lengths.device)
         lengths = lengths[:, None, None]
-        width = share * widest * self.strength * lengths
+        width = share * widest[:, None, None] * self.strength
         start = place * (lengths - width)
         at = torch.arange(steps, device=lengths.device)
         return (at >= start) & (at < start + width)
@@ -65,7 +66,7 @@ class Augment:
     def visible(self, tokens: Tensor, token_len: Tensor) -> Tensor:
         """Codebook masks, as the weight of each token: 1, or 0 where hidden, (B, T, Q)."""
         batch, steps, codebooks = tokens.shape
-        hidden = self.spans(steps, token_len, self.codebook_masks, 0.5)             # (B, n, T)
+        hidden = self.spans(steps, token_len, self.codebook_masks, token_len / 2)   # (B, n, T)
         which = torch.randint(codebooks, hidden.shape[:2], device=tokens.device)    # (B, n)
         which = F.one_hot(which, codebooks).bool()                                  # (B, n, Q)
         return (~(hidden[..., None] & which[:, :, None]).any(1)).float()
@@ -75,10 +76,11 @@ class Augment:
         _, steps, width = emb.shape
         uniform = 2 * torch.rand_like(emb) - 1                                  # deviation 3^-0.5
         emb = emb + 3 ** 0.5 * self.noisy_embedding * self.strength * uniform
-        hidden = self.spans(steps, token_len, self.time_masks, 0.05).any(1)         # (B, T)
+        widest = (token_len / 20).clamp(max=self.longest_mask)
+        hidden = self.spans(steps, token_len, self.time_masks, widest).any(1)       # (B, T)
         emb = emb.masked_fill(hidden[:, :, None], 0.0)
         widths = torch.full_like(token_len, width)
-        hidden = self.spans(width, widths, self.feature_masks, 0.33).any(1)         # (B, D)
+        hidden = self.spans(width, widths, self.feature_masks, widths / 3).any(1)       # (B, D)
         return emb.masked_fill(hidden[:, None], 0.0)
 
 

@@ -53,7 +53,7 @@ class ResidualVQ(nn.Module):
 
     decay = 0.97        # of the EMA, per step
     # A code is dead when its use is below this share of uniform use. With decay 0.97, a code that
-    # is never used falls below it after 53 steps; with the usual 0.99 and 0.03 after 350.
+    # is no longer used falls below it after 53 steps; with the usual 0.99 and 0.03 after 350.
     dead_below = 0.2
     # Share of the training utterances quantised with only the first n codebooks, n random, so that
     # the first n alone are a valid codec of a lower bitrate (SoundStream, section III-C).
@@ -164,17 +164,24 @@ class ResidualVQ(nn.Module):
         if dist.is_initialized():
             dist.all_reduce(count)
             dist.all_reduce(total)
-        self.ema_count[level].lerp_(count, 1 - self.decay)
-        self.ema_sum[level].lerp_(total, 1 - self.decay)
-        uniform = self.ema_count[level].mean()
-        dead = self.ema_count[level] < self.dead_below * uniform            # (K,)
-        drawn = torch.multinomial(active + 1e-9, self.codebook_size, replacement=True)
+        if not count.any():
+            return                      # no utterance of this batch uses the level
+        uniform = count.mean()          # in units of uniform use, every step counts alike
+        self.ema_count[level].lerp_(count / uniform, 1 - self.decay)
+        self.ema_sum[level].lerp_(total / uniform, 1 - self.decay)
+
+        dead = self.ema_count[level] < self.dead_below                      # (K,)
+        # Dead codes move to different frames, as far as there are enough, and a little beside
+        # them: two codes in one place would share its frames, and one of them would die again.
+        order = (torch.rand_like(active) - active).argsort()                # active frames first
+        drawn = order[(dead.cumsum(0) - 1) % active.sum().long().clamp(min=1)]          # (K,)
         moved = residual[drawn]                                             # (K, D)
+        moved = moved + 0.01 * residual.std() * torch.randn_like(moved)
         from_first_process(moved)
         # Count and sum move with the code: otherwise this very step would pull it back to where
         # it was (espnet issue 6284).
-        self.ema_count[level] = torch.where(dead, uniform, self.ema_count[level])
-        self.ema_sum[level] = torch.where(dead[:, None], moved * uniform, self.ema_sum[level])
+        self.ema_count[level] = torch.where(dead, 1.0, self.ema_count[level])
+        self.ema_sum[level] = torch.where(dead[:, None], moved, self.ema_sum[level])
         self.embed[level] = self.ema_sum[level] / self.ema_count[level].clamp(min=1e-9)[:, None]
 
 

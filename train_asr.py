@@ -348,7 +348,8 @@ def start_model(args, meta: dict, data: TrainSet) -> CodecASR:
     model.start_from(books, frames[torch.randint(len(frames), (20_000,))])
     if meta["codebooks"] and args.embedding == "frozen":
         model.embedding.tables.requires_grad_(False)
-    model.augment = Augment(args.time_masks, args.codebook_masks, args.feature_masks, args.replace,
+    model.augment = Augment(args.time_masks, 0.2 * meta["sample_rate"] / meta["hop"],
+                            args.codebook_masks, args.feature_masks, args.replace,
                             args.noisy_embedding)
     return model
 
