@@ -1,11 +1,10 @@
-"""The recogniser: a CTC Conformer that reads codec tokens.
+"""The recognizer: a CTC Conformer that reads codec tokens.
 
 in   tokens (B, T, Q), token_len (B,)       or features (B, T, D), such as log-mel, as a baseline
 out  log_probs (B, T', V), out_len (B,)     index 0 is the CTC blank
 
-The embedding is where the paper's idea lives: Q tables that start as the codec's codebooks, whose
-rows add up to the quantised latent. The recogniser begins with what the codec knows about which
-codes are alike.
+The embedding is the paper's idea: Q tables that start as the codec's codebooks, whose rows add up
+to the quantized latent. So codes that sound alike begin with embeddings that are alike.
 
 Legend: B utterances, T token frames, T' = T / subsampling, Q codebooks, K codes, D codebook width,
 C model width, H heads, V text units.
@@ -36,9 +35,9 @@ def real_steps(steps: int, lengths: Tensor) -> Tensor:
 
 @dataclass
 class Augment:
-    """Training-time damage, so that a small corpus is not learnt by heart."""
+    """Damage to the training input, so that the model does not learn a small corpus by heart."""
     time_masks: int = 0             # spans of time hidden, each up to a twentieth of the utterance
-    longest_mask: float = 8.0       # frames: a time mask is no longer than this
+    longest_mask: float = 8.0       # frames, of a time mask
     codebook_masks: int = 0         # codebooks hidden, each for up to half of the utterance
     feature_masks: int = 0          # bands of the embedding (or of log-mel), each up to a third
     replace: float = 0.0            # share of tokens replaced by random codes
@@ -72,7 +71,7 @@ class Augment:
         return (~(hidden[..., None] & which[:, :, None]).any(1)).float()
 
     def hide(self, emb: Tensor, token_len: Tensor) -> Tensor:
-        """Noise and masks on the normalised embedding (B, T, D), whose mean is 0, deviation 1."""
+        """Noise and masks on the normalized embedding (B, T, D), whose mean is 0, deviation 1."""
         _, steps, width = emb.shape
         uniform = 2 * torch.rand_like(emb) - 1                                  # deviation 3^-0.5
         emb = emb + 3 ** 0.5 * self.noisy_embedding * self.strength * uniform
@@ -87,14 +86,12 @@ class Augment:
 # --------------------------------------------------------------------------------------- embedding
 
 class TokenEmbedding(nn.Module):
-    """tokens (B, T, Q) -> (B, T, D): rows of Q tables, summed, averaged or side by side (Q * D)."""
+    """tokens (B, T, Q) -> (B, T, D): rows of Q tables, summed, or side by side (B, T, Q * D)."""
 
     def __init__(self, num_codebooks: int, codebook_size: int, dim: int, aggregate: str):
         super().__init__()
         self.aggregate, self.codebook_size = aggregate, codebook_size
-        # Random rows start small: Adam moves each number by about the learning rate, whatever its
-        # size, and would need forever to change rows near 1.
-        self.tables = nn.Parameter(0.02 * torch.randn(num_codebooks * codebook_size, dim))
+        self.tables = nn.Parameter(torch.randn(num_codebooks * codebook_size, dim))
         offset = torch.arange(num_codebooks) * codebook_size
         self.register_buffer("offset", offset, persistent=False)
         self.out_dim = dim * num_codebooks if aggregate == "stack" else dim
@@ -102,10 +99,8 @@ class TokenEmbedding(nn.Module):
     def forward(self, tokens: Tensor, weights: Tensor) -> Tensor:
         """weights (B, T, Q): 1, or 0 for a hidden token."""
         rows = F.embedding(tokens + self.offset, self.tables) * weights[..., None]  # (B, T, Q, D)
-        if self.aggregate == "stack":
-            return rows.flatten(2)
-        # CodecASR normalises the result, which makes the mean the same model as the sum.
-        return rows.mean(2) if self.aggregate == "mean" else rows.sum(2)
+        # CodecASR normalizes the result, so the sum is the same model as the paper's average.
+        return rows.flatten(2) if self.aggregate == "stack" else rows.sum(2)
 
 
 # --------------------------------------------------------------------------------------- Conformer
@@ -196,39 +191,41 @@ class CodecASR(nn.Module):
         super().__init__()
         width, layers, heads, kernel = SIZES[size].values()
         self.num_codebooks, self.head_dim, self.augment = num_codebooks, width // heads, Augment()
-        features = dim
         if num_codebooks:
             self.embedding = TokenEmbedding(num_codebooks, codebook_size, dim, aggregate)
-            features = self.embedding.out_dim
-        self.register_buffer("mean", torch.zeros(features))
-        self.register_buffer("deviation", torch.ones(features))
-        self.project = nn.Linear(features, width)
+            dim = self.embedding.out_dim
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("deviation", torch.ones(dim))
+        self.project = nn.Linear(dim, width)
         self.subsample = nn.ModuleList()
         for _ in range(subsampling // 2):           # 0, 1 or 2 layers that halve the frame rate
             layer = nn.Conv1d(width, width, 3, stride=2, padding=1)
-            # torch's default shrinks the signal to a tenth: the model goes on predicting blanks.
+            # torch's default shrinks the signal, two layers to a tenth: the model then goes on
+            # predicting blanks.
             nn.init.kaiming_normal_(layer.weight)
             self.subsample.append(layer)
         self.blocks = nn.ModuleList(ConformerBlock(width, heads, kernel) for _ in range(layers))
         self.output = nn.Linear(width, vocab_size)
 
     @torch.no_grad()
-    def start_from(self, codebooks: Tensor | None, sample: Tensor):
-        """Copy the codec's codebooks (Q, K, D) into the tables, unless None; then measure mean and
-        deviation of the embedding, by which it is normalised, on a sample of the training input,
+    def start_from(self, tables: Tensor | None, sample: Tensor):
+        """Begin with these tables (Q, K, D), such as the codec's codebooks, and with the mean and
+        deviation of the embedding, by which it is normalized, on a sample of the training input,
         (N, Q) or (N, D)."""
-        if codebooks is not None:
-            self.embedding.tables.copy_(codebooks[:self.num_codebooks].flatten(0, 1))
         emb = sample.float()
         if self.num_codebooks:
+            self.embedding.tables.copy_(tables[:self.num_codebooks].flatten(0, 1))
             emb = self.embedding(sample[None], torch.ones(1, *sample.shape))[0]
-        deviation = emb.std(0)
         self.mean.copy_(emb.mean(0))
-        # A dimension that never varies, as most of FSQ's stacked tables, must not be scaled up.
-        self.deviation.copy_(torch.where(deviation > 0.01 * emb.std(), deviation, 1.0))
+        # A dimension that hardly varies must not be scaled up. Side by side, no dimension is: the
+        # last codebooks of RVQ, whose rows are small, say little.
+        deviation = emb.std(0).clamp(min=0.1 * emb.std())
+        if self.num_codebooks and self.embedding.aggregate == "stack":
+            deviation = (emb - self.mean).square().mean().sqrt()
+        self.deviation.copy_(deviation)
 
     def embed(self, tokens: Tensor, token_len: Tensor) -> Tensor:
-        """tokens (B, T, Q) or features (B, T, D) -> normalised embedding (B, T, D)."""
+        """tokens (B, T, Q) or features (B, T, D) -> normalized embedding (B, T, D)."""
         if self.num_codebooks:
             tokens, weights = tokens.long(), torch.ones(tokens.shape, device=tokens.device)
             if self.training:

@@ -1,34 +1,47 @@
 """Stage 1: train a neural audio codec: speech to a few integers per frame, and back.
 
 in   a corpus of audio          synthetic speech, LibriSpeech, or any folder; no transcripts needed
-out  runs/codec/codec.pt        weights and configuration; training resumes from it
-     runs/codec/report.json     how well it reproduces dev audio, up to 100 files of it
+out  runs/codec/codec.pt        the codec, in half precision: all that the other stages need
+     runs/codec/resume.pt       the state of training; the same command continues from it
+     runs/codec/report.json     how well the codec reproduces dev audio, up to 100 files of it
      runs/codec/log.jsonl       the losses, every 100 steps
 
     python codec.py                                               # synthetic speech, a few minutes
     python codec.py --corpus mini-librispeech --steps 6000 --batch 16 --out runs/mini/codec
+    python codec.py --corpus my-audio --train recordings --steps 6000 --out runs/mine/codec
     python codec.py --reconstruct in.wav out.wav                  # hear what the tokens keep
+
+The log lines: `mel` is the distance between log-mel spectrograms of speech and reconstruction,
+`wave` the mean absolute difference of the waveforms, `quantizer` RVQ's distance from the latent to
+its codes, or FSQ's penalty on correlated dimensions. `usage` is the share of the codes that
+occurred since the last line, `perplexity` the number of equally frequent codes with the same
+entropy. With --adversarial, `adversarial` falls as the discriminator takes more reconstructions for
+speech, and `matching` as its layers respond more alike to both.
 
 wav (B, S) -> encoder -> latent (B, D, T) -> quantizer -> tokens (B, Q, T) -> decoder -> wav (B, S)
 Legend: B utterances, S samples, T token frames, D latent size, Q codebooks, C channels, M bands.
 
+To read: encoders, decoder, `Codec`, losses and `train`, about half of the file. The sections on
+files, audio and corpora serve all stages. The last two, downloads and synthetic speech, can be
+skipped.
+
 Dhawan et al., arXiv 2407.03495, section 2. The mel encoder and the losses follow NVIDIA's published
 recipes (NeMo audio_codec_16000 and mel_codec). The decoder is Vocos (arXiv 2306.00814) instead of
-HiFi-GAN: it works at frame rate, so that a codec can be trained without a GPU.
+HiFi-GAN: it predicts spectra, not samples, so that a codec can be trained without a GPU.
 """
 
 import hashlib
-import io
 import json
 import math
 import os
+import shlex
 import shutil
 import socket
 import sys
 import tarfile
 from argparse import (ArgumentDefaultsHelpFormatter, ArgumentParser,
                       RawDescriptionHelpFormatter)
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
@@ -51,9 +64,9 @@ SAMPLE_RATE = 16_000
 # Widths of encoder and decoder, and their blocks. `tiny` and `small` train on a laptop; `base`
 # wants a GPU.
 SIZES = {
-    "tiny": dict(time_channels=8, mel_channels=128, decoder_channels=128, blocks=2),
-    "small": dict(time_channels=16, mel_channels=192, decoder_channels=256, blocks=4),
-    "base": dict(time_channels=32, mel_channels=384, decoder_channels=512, blocks=6),
+    "tiny": dict(time=16, mel=128, decoder=128, blocks=2),
+    "small": dict(time=32, mel=192, decoder=256, blocks=4),
+    "base": dict(time=64, mel=384, decoder=512, blocks=6),
 }
 
 
@@ -78,7 +91,7 @@ class Residual(nn.Module):
 
 
 class LogMel(nn.Module):
-    """wav (B, S) -> log of mel energies (B, M, S / hop); frame t is centred on sample t * hop."""
+    """wav (B, S) -> log of mel energies (B, M, S / hop); frame t is centered on sample t * hop."""
 
     def __init__(self, n_fft: int, hop: int, n_mels: int):
         super().__init__()
@@ -104,16 +117,16 @@ class MelEncoder(nn.Module):
     """
     window = 600        # token frames encoded at once: bounds memory
 
-    def __init__(self, dim: int, strides: list[int], mel_channels: int, blocks: int, **_):
+    def __init__(self, dim: int, strides: list[int], channels: int, blocks: int):
         super().__init__()
         hop = math.prod(strides) // 2
         self.mel = LogMel(mel_window(hop), hop, 80)
-        # Token frames seen on each side: one a block, those of the window, and a few to spare.
+        # Token frames seen on each side: one per block, those of the window, and a few to spare.
         self.context = blocks + 3 + mel_window(hop) // (2 * hop)
         self.net = nn.Sequential(
-            conv(80, mel_channels, 4, stride=2),
-            *(Residual(mel_channels, mel_channels) for _ in range(blocks)),
-            nn.ELU(), conv(mel_channels, dim, 1), nn.BatchNorm1d(dim, affine=False))
+            conv(80, channels, 4, stride=2),
+            *(Residual(channels, channels) for _ in range(blocks)),
+            nn.ELU(), conv(channels, dim, 1), nn.BatchNorm1d(dim, affine=False))
 
     def forward(self, wav: Tensor) -> Tensor:
         mel = (self.mel(wav) + 4.4) / 4.0       # speech: about mean 0, deviation 1
@@ -128,17 +141,16 @@ class TimeEncoder(nn.Module):
     Four departures let it learn within minutes what a log-mel spectrum gives for free, the energy
     in each band of frequencies:
     - LeakyReLU, which rectifies however quiet the sound is. ELU is nearly a straight line around 0.
-    - He initialisation, which keeps the size of the signal from layer to layer.
+    - He initialization, which keeps the size of the signal from layer to layer.
     - A LayerNorm of each frame, so that quiet frames are not all rounded to one code.
     - Two wide residual units at the token rate, where they are cheap.
     """
     window = 200        # token frames encoded at once: bounds memory
     context = 8         # token frames seen on each side: 3 in the last layers, the rest below them
 
-    def __init__(self, dim: int, strides: list[int], time_channels: int, **_):
+    def __init__(self, dim: int, strides: list[int], channels: int):
         super().__init__()
         act = partial(nn.LeakyReLU, 0.1)
-        channels = 2 * time_channels
         layers = [conv(1, channels, 4 * strides[0], strides[0])]
         for stride in strides[1:]:
             layers += [Residual(channels, channels // 2, act), act(),
@@ -163,7 +175,7 @@ class TimeEncoder(nn.Module):
 # ----------------------------------------------------------------------------------------- decoder
 
 class ConvNeXt(nn.Module):
-    """Depthwise convolution over time, then a two-layer network a frame (Vocos, section 3.2)."""
+    """Depthwise convolution over time, then two layers on each frame (Vocos, section 3.2)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -186,13 +198,13 @@ class Decoder(nn.Module):
     hop of about 100 samples, fine enough for the pulses of the voice.
     """
 
-    def __init__(self, dim: int, hop: int, decoder_channels: int, blocks: int, **_):
+    def __init__(self, dim: int, hop: int, channels: int, blocks: int):
         super().__init__()
         divisors = [n for n in range(1, hop + 1) if hop % n == 0]
-        self.up = min(divisors, key=lambda n: abs(hop / n - 100))   # spectrum frames a token frame
-        self.hop = hop // self.up                                   # samples a spectrum frame
+        self.up = min(divisors, key=lambda n: abs(hop / n - 100))   # spectrum frames per token
+        self.hop = hop // self.up                                   # samples per spectrum frame
         self.n_fft = 4 * self.hop
-        wide, slim = decoder_channels, decoder_channels * 3 // 4
+        wide, slim = channels, channels * 3 // 4
         self.slow = nn.Sequential(conv(dim, wide, 7), *(ConvNeXt(wide) for _ in range(blocks)))
         self.widen = conv(wide, slim * self.up, 3)
         self.fast = nn.Sequential(*(ConvNeXt(slim) for _ in range(blocks)))
@@ -234,18 +246,21 @@ class Codec(nn.Module):
             self.quantizer = ResidualVQ(128, codebooks, codebook_size)
         else:
             self.quantizer = GroupFSQ(codebooks)
-        encoder_type = {"mel": MelEncoder, "time": TimeEncoder}[encoder]
-        self.encoder = encoder_type(self.quantizer.dim, strides, **SIZES[size])
-        self.decoder = Decoder(self.quantizer.dim, self.hop, **SIZES[size])
+        channels, dim = SIZES[size], self.quantizer.dim
+        if encoder == "mel":
+            self.encoder = MelEncoder(dim, strides, channels["mel"], channels["blocks"])
+        else:
+            self.encoder = TimeEncoder(dim, strides, channels["time"])
+        self.decoder = Decoder(dim, self.hop, channels["decoder"], channels["blocks"])
 
     @property
     def frame_rate(self) -> float:
-        """Token frames a second."""
+        """Token frames per second."""
         return self.sample_rate / self.hop
 
     @property
     def bitrate(self) -> float:
-        """Bits a second."""
+        """Bits per second."""
         bits = self.quantizer.num_codebooks * math.log2(self.quantizer.codebook_size)
         return self.frame_rate * bits
 
@@ -253,9 +268,13 @@ class Codec(nn.Module):
     def fingerprint(self) -> str:
         """Twelve hex digits that identify this encoder and these codebooks."""
         digest = hashlib.sha256(json.dumps(self.config).encode())
-        for weights in (*self.encoder.state_dict().values(), self.quantizer.codebooks()):
+        for weights in (*self.encoder.state_dict().values(), self.codebooks()):
             digest.update(weights.cpu().numpy().tobytes())
         return digest.hexdigest()[:12]
+
+    def codebooks(self) -> Tensor:
+        """(Q, K, D): the quantized latent is the sum of one row of each."""
+        return self.quantizer.codebooks()
 
     def forward(self, wav: Tensor) -> tuple[Tensor, Quantized]:
         """For training: wav (B, S), S a multiple of hop -> reconstruction (B, S), Quantized."""
@@ -291,15 +310,18 @@ class Codec(nn.Module):
     def load(cls, path: str | Path, device: str = "cpu") -> "Codec":
         """A trained codec. Raises ValueError when the file is missing, damaged, or no codec."""
         saved = load_checkpoint(path, "codec")
-        codec = cls(**saved["config"])
-        codec.load_state_dict(saved["model"])
+        try:
+            codec = cls(**saved["config"])
+            codec.load_state_dict(saved["model"])
+        except (KeyError, TypeError, RuntimeError):
+            raise ValueError(f"{path}: not a whole codec; copy or train it again")
         return codec.to(device).eval()
 
 
 # ------------------------------------------------------------------------------------------ losses
 
 # "quantizer" is RVQ's commitment or FSQ's redundancy; the last two come with --adversarial.
-WEIGHTS = {"mel": 1.0, "wave": 0.1, "quantizer": 1.0, "adversarial": 1.0, "features": 2.0}
+WEIGHTS = {"mel": 1.0, "wave": 0.1, "quantizer": 1.0, "adversarial": 1.0, "matching": 2.0}
 
 
 class MelDistance(nn.Module):
@@ -345,24 +367,23 @@ class Discriminator(nn.Module):
             spectrum = torch.stft(wav, n_fft, n_fft // 4, window=window, normalized=True,
                                   return_complex=True)
             y = torch.view_as_real(spectrum).permute(0, 3, 2, 1)        # (B, 2, frames, bins)
-            features = []
+            outputs.append([])
             for layer in layers:
                 y = layer(y)
-                features.append(y)
+                outputs[-1].append(y)
                 y = F.leaky_relu(y, 0.2)
-            outputs.append(features)
         return outputs
 
 
 def generator_losses(discriminator: Discriminator, wav: Tensor, made: Tensor) -> dict[str, Tensor]:
-    """Squared GAN loss and feature matching, means over resolutions and layers."""
+    """Squared GAN loss, and matching of the layers' outputs: means over resolutions and layers."""
     with torch.no_grad():
         real = discriminator(wav)
     scores, matching = [], []
     for theirs, ours in zip(real, discriminator(made)):
         scores.append((ours[-1] - 1).square().mean())
         matching += [(a - b).abs().mean() / b.abs().mean() for a, b in zip(ours[:-1], theirs)]
-    return {"adversarial": sum(scores) / len(scores), "features": sum(matching) / len(matching)}
+    return {"adversarial": sum(scores) / len(scores), "matching": sum(matching) / len(matching)}
 
 
 def discriminator_loss(discriminator: nn.Module, wav: Tensor, made: Tensor) -> Tensor:
@@ -381,12 +402,12 @@ class Crops:
 
     def __init__(self, files: list[Path], seed: int, length: int, batch: int):
         self.files, self.seed, self.length, self.batch = files, seed, length, batch
-        self.unreadable = set()
+        self.unreadable = {}            # path: why
 
     def __getitem__(self, number: int) -> Tensor:
-        """-> wav (length,). Files that cannot be read are named once and replaced by others."""
+        """-> wav (length,). A file that cannot be read is replaced by another."""
         rng = np.random.default_rng((self.seed, number))
-        while not self.unreadable.issuperset(self.files):
+        while len(self.unreadable) < len(self.files):
             path, at = self.files[rng.integers(len(self.files))], rng.random()
             if path in self.unreadable:
                 continue
@@ -394,9 +415,9 @@ class Crops:
                 wav = read_audio(path, self.length / SAMPLE_RATE, at)[:self.length]
                 return F.pad(wav, (0, self.length - len(wav)))
             except ValueError as error:
-                self.unreadable.add(path)
-                tqdm.write(f"skipped: {error}")
-        raise ValueError(f"none of the {len(self.files)} audio files can be read")
+                self.unreadable[path] = str(error)
+        raise ValueError(f"none of the {len(self.files)} audio files can be read: "
+                         f"{self.unreadable[path]}")
 
     def step(self, step: int, rank: int = 0, world: int = 1) -> Tensor:
         """This process's share of a training step: (batch / world, length)."""
@@ -404,129 +425,35 @@ class Crops:
         return torch.stack([self[number] for number in numbers])
 
 
-def train(args):
-    device, rank, world = start_processes(args.device)
-    if args.batch % world:
-        raise ValueError(f"--batch {args.batch}: must be a multiple of the {world} processes")
-    corpus = find_subsets(args.corpus, train=args.train, dev=args.dev)
-    files = audio_files(corpus["train"])
-    torch.manual_seed(args.seed)
-    codec = Codec(args.encoder, args.quantizer, args.strides, args.codebooks, args.codebook_size,
-                  args.size).to(device)
-    discriminator, mel_distance = Discriminator().to(device), MelDistance().to(device)
-    length = max(2, round(args.crop * SAMPLE_RATE / codec.hop)) * codec.hop
-    crops = Crops(files, args.seed, length, args.batch)
-
-    path = Path(args.out) / "codec.pt"
-    saved = load_checkpoint(path, "codec") if path.exists() else None
-    decoder_only = saved is not None and check_flags(path, saved, args)
-    if saved:
-        codec.load_state_dict(saved["model"])
-    elif args.quantizer == "rvq":
-        start_codebooks(codec, crops)
-    if decoder_only:                    # tokens and fingerprint stay as they are
-        codec.encoder.eval().requires_grad_(False)
-        codec.quantizer.eval().requires_grad_(False)
-    nets = [codec, discriminator]       # the latter learns with --adversarial
-    optimisers = [torch.optim.AdamW(net.parameters(), args.lr, betas=(0.8, 0.99)) for net in nets]
-    start, log = 0, []
-    if saved and saved["decoder_only"] == decoder_only:
-        start, log = saved["step"], saved["log"]
-        discriminator.load_state_dict(saved["discriminator"])
-        for optimiser, state in zip(optimisers, saved["optimisers"]):
-            optimiser.load_state_dict(state)
-    if world > 1:
-        nets = [DistributedDataParallel(net) for net in nets]
-    if rank == 0:
-        parameters = sum(p.numel() for p in codec.parameters()) / 1e6
-        print(f"codec: {args.encoder} encoder, {args.quantizer}, {codec.frame_rate:g} Hz, "
-              f"{codec.bitrate / 1000:.1f} kbit/s, {parameters:.1f} M parameters; "
-              f"{len(files)} files; step {start} of {args.steps} on {device}")
-
-    recent = []                         # losses and tokens since the last checkpoint
-    with ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(crops.step, start, rank, world)
-        for step in tqdm(range(start, args.steps), "codec", disable=True if rank else None):
-            wav = ahead.result().to(device)                             # (B, S)
-            ahead = reader.submit(crops.step, step + 1, rank, world)
-            # The same draws as without a resume.
-            torch.manual_seed((args.seed * 1_000_000 + step) * world + rank)
-            # 100 steps of warm-up, then a half cosine down to a twentieth of the peak.
-            cosine = 0.525 + 0.475 * math.cos(math.pi * step / args.steps)
-            lr = args.lr * min(1.0, (step + 1) / 100) * cosine
-
-            made, quantized = nets[0](wav)
-            losses = {"mel": mel_distance(wav, made), "wave": (wav - made).abs().mean(),
-                      "quantizer": quantized.loss}
-            if args.adversarial:
-                if step % 3 < 2:        # the discriminator learns in two steps of three
-                    update(discriminator_loss(nets[1], wav, made), optimisers[1], lr)
-                losses |= generator_losses(discriminator, wav, made)
-            total = sum(WEIGHTS[name] * value for name, value in losses.items())
-            update(total, optimisers[0], lr)
-            losses = {name: value.detach() for name, value in losses.items()}
-            recent.append((losses, quantized.tokens))
-
-            if (step + 1) % 100 == 0 or step + 1 == args.steps:
-                if step + 1 == args.steps:
-                    codec.half().float()    # a copy in half precision then gives the same tokens
-                log.append({"step": step + 1} | summary(recent, codec.quantizer.codebook_size))
-                recent.clear()
-                if rank == 0:
-                    tqdm.write(" | ".join(f"{key} {value:.4g}" for key, value in log[-1].items()))
-                    save(path, {"kind": "codec", "config": codec.config, "flags": vars(args),
-                                "decoder_only": decoder_only, "step": step + 1, "log": log,
-                                "model": codec.state_dict(),
-                                "discriminator": discriminator.state_dict(),
-                                "optimisers": [item.state_dict() for item in optimisers]})
-    if rank == 0:
-        report(codec, audio_files(corpus["dev"]), path.parent)
-        if crops.unreadable:
-            print(f"{len(crops.unreadable)} files could not be read")
-        print(f"wrote {path}; next: python tokenize_corpus.py --codec {path}")
-
-
 @torch.no_grad()
 def start_codebooks(codec: Codec, crops: Crops):
-    """RVQ's k-means on the untrained encoder's latent of the first crops: eight frames a code.
+    """RVQ's k-means on the untrained encoder's latent of the first crops: eight frames per code.
 
     Every process encodes the same crops.
     """
-    frames = crops.batch * crops.length // codec.hop                        # a step
+    frames = crops.batch * crops.length // codec.hop                        # per step
     steps = -(-8 * codec.quantizer.codebook_size // frames)
-    device = codec.quantizer.embed.device
+    device = codec.codebooks().device
     latents = [codec.encoder(crops.step(step).to(device)) for step in range(steps)]
-    codec.quantizer.initialise(torch.cat(latents).mT.flatten(0, 1))
+    codec.quantizer.initialize(torch.cat(latents).mT.flatten(0, 1))
 
 
-def update(loss: Tensor, optimiser: torch.optim.Optimizer, lr: float):
-    """One optimiser step. Gradients are clipped, so that a click in one file does no harm."""
-    (group,) = optimiser.param_groups
+def learning_rate(step: int, args) -> float:
+    """100 steps of warm-up, under half a cosine from the peak down to a twentieth of it."""
+    decay = 0.525 + 0.475 * math.cos(math.pi * step / args.steps)
+    if step < 100:
+        return args.lr * decay * (step + 1) / 100
+    return args.lr * decay
+
+
+def update(loss: Tensor, optimizer: torch.optim.Optimizer, lr: float):
+    """One optimizer step. Gradients are clipped, so that a click in one file does no harm."""
+    (group,) = optimizer.param_groups
     group["lr"] = lr
-    optimiser.zero_grad()
+    optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(group["params"], 1.0)
-    optimiser.step()
-
-
-def check_flags(path: Path, saved: dict, args) -> bool:
-    """A run resumes only with the flags it began with, but --steps may grow.
-
-    -> does it train the decoder alone? `--adversarial` on a codec that was finished without it is
-    a new run of that kind, with its own --steps, --batch and so on.
-    """
-    free, flags = ["device", "out", "reconstruct"], saved["flags"]
-    decoder_only = saved["decoder_only"]
-    if args.adversarial and not flags["adversarial"] and saved["step"] == flags["steps"]:
-        decoder_only = True
-        free += ["adversarial", "corpus", "train", "dev", "steps", "batch", "crop", "lr", "seed"]
-    if args.steps > flags["steps"]:
-        free.append("steps")
-    for name, now in vars(args).items():
-        if name not in free and now != flags[name]:
-            raise ValueError(f"{path} was trained with --{name.replace('_', '-')} {flags[name]}, "
-                             f"not {now}: give another --out, or delete it")
-    return decoder_only
+    optimizer.step()
 
 
 def summary(recent: list[tuple], codebook_size: int) -> dict:
@@ -540,27 +467,121 @@ def summary(recent: list[tuple], codebook_size: int) -> dict:
     return row | {"usage": usage.mean().item(), "perplexity": perplexity.mean().item()}
 
 
-def save(path: Path, checkpoint: dict):
-    """Write the checkpoint, and its log beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    write_atomically(path, buffer.getvalue())
-    log = "".join(json.dumps(row) + "\n" for row in checkpoint["log"])
-    write_atomically(path.with_name("log.jsonl"), log.encode())
+def check_flags(path: Path, saved: dict, args) -> bool:
+    """A run resumes only with the flags it began with, but --steps may grow.
+
+    -> does it train the decoder alone? `--adversarial` on a codec that was finished without it is
+    a new run of that kind, with its own --steps, --batch and so on.
+    """
+    free, flags = ["device", "out", "reconstruct", "codec"], saved["flags"]
+    decoder_only = saved["decoder_only"]
+    if args.adversarial and not flags["adversarial"] and saved["step"] == flags["steps"]:
+        decoder_only = True
+        free += ["adversarial", "corpus", "train", "dev", "steps", "batch", "crop", "lr", "seed"]
+    if args.steps > flags["steps"]:
+        free.append("steps")
+    check_same_flags(path, flags, args, free)
+    return decoder_only
+
+
+def train(args):
+    device, rank, world = start_processes(args.device)
+    if args.batch % world:
+        raise ValueError(f"--batch {args.batch}: must be a multiple of the {world} processes")
+    corpus = find_subsets(args.corpus, train=args.train, dev=args.dev)
+    files, dev = audio_files(corpus["train"]), audio_files(corpus["dev"])
+    if not files:
+        raise ValueError(f"{', '.join(args.corpus)}: nothing to train on; name a subset by --train")
+    torch.manual_seed(args.seed)
+    codec = Codec(args.encoder, args.quantizer, args.strides, args.codebooks, args.codebook_size,
+                  args.size).to(device)
+    discriminator, mel_distance = Discriminator().to(device), MelDistance().to(device)
+    length = max(2, round(args.crop * SAMPLE_RATE / codec.hop)) * codec.hop
+    crops = Crops(files, args.seed, length, args.batch)
+
+    # A published codec comes without its resume.pt.
+    out = Path(args.out)
+    found = [path for path in (out / "resume.pt", out / "codec.pt") if path.exists()]
+    saved = load_checkpoint(found[0], "codec") if found else None
+    decoder_only = saved is not None and check_flags(found[0], saved, args)
+    if saved:
+        codec.load_state_dict(saved["model"])
+    elif args.quantizer == "rvq":
+        start_codebooks(codec, crops)
+    if decoder_only:                    # tokens and fingerprint stay as they are
+        codec.encoder.eval().requires_grad_(False)
+        codec.quantizer.learning = False
+    nets = [codec, discriminator]       # the latter learns with --adversarial
+    optimizers = [torch.optim.AdamW(net.parameters(), args.lr, betas=(0.8, 0.99)) for net in nets]
+    start, log = 0, []
+    if saved and saved["decoder_only"] == decoder_only:
+        start, log = saved["step"], saved["log"]
+        if "optimizers" in saved:
+            discriminator.load_state_dict(saved["discriminator"])
+            for optimizer, state in zip(optimizers, saved["optimizers"]):
+                optimizer.load_state_dict(state)
+    if world > 1:
+        nets = [DistributedDataParallel(net) for net in nets]
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        parameters = sum(p.numel() for p in codec.parameters()) / 1e6
+        print(f"codec: {args.encoder} encoder, {args.quantizer}, {codec.frame_rate:g} Hz, "
+              f"{codec.bitrate / 1000:.1f} kbit/s, {parameters:.1f} M parameters; "
+              f"{len(files)} files; step {start} of {args.steps} on {device}")
+
+    recent = []                         # losses and tokens since the last checkpoint
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(crops.step, start, rank, world)
+        for step in tqdm(range(start, args.steps), "codec", disable=True if rank else None):
+            wav = ahead.result().to(device)                             # (B, S)
+            ahead = reader.submit(crops.step, step + 1, rank, world)
+            # The same draws as without a resume.
+            torch.manual_seed((args.seed * 1_000_000 + step) * world + rank)
+            lr = learning_rate(step, args)
+
+            made, quantized = nets[0](wav)
+            losses = {"mel": mel_distance(wav, made), "wave": (wav - made).abs().mean(),
+                      "quantizer": quantized.loss}
+            if args.adversarial:
+                if step % 3 < 2:        # the discriminator learns in two steps of three
+                    update(discriminator_loss(nets[1], wav, made), optimizers[1], lr)
+                losses |= generator_losses(discriminator, wav, made)
+            total = sum(WEIGHTS[name] * value for name, value in losses.items())
+            update(total, optimizers[0], lr)
+            losses = {name: value.detach() for name, value in losses.items()}
+            recent.append((losses, quantized.tokens))
+
+            if (step + 1) % 100 == 0 or step + 1 == args.steps:
+                log.append({"step": step + 1} | summary(recent, codec.quantizer.codebook_size))
+                recent.clear()
+                if rank == 0:
+                    tqdm.write(" | ".join(f"{key} {value:.4g}" for key, value in log[-1].items()))
+                    state = {"kind": "codec", "config": codec.config, "flags": vars(args),
+                             "decoder_only": decoder_only, "step": step + 1, "log": log,
+                             "model": codec.state_dict()}
+                    save_checkpoint(out / "codec.pt", in_half(state))
+                    save_checkpoint(out / "resume.pt", state | {
+                        "discriminator": discriminator.state_dict(),
+                        "optimizers": [item.state_dict() for item in optimizers]})
+                    save_log(out, log)
+    if rank == 0:
+        report(Codec.load(out / "codec.pt", device), dev, out)
+        save_skipped(out / "skipped.txt", [*crops.unreadable.values()])
+        print(f"wrote {out / 'codec.pt'}; next: python tokenize_corpus.py"
+              f"{flags_of(args, 'corpus', 'train', 'dev')} --codec {out / 'codec.pt'} "
+              f"--out {out.parent / 'tokens'}")
 
 
 @torch.inference_mode()
 def report(codec: Codec, files: list[Path], out: Path):
     """Mel distance, usage and perplexity on 30 s each of at most 100 files -> out/report.json."""
-    device = next(codec.parameters()).device
-    codec.eval()
+    device = codec.codebooks().device
     mel_distance, distances, tokens = MelDistance().to(device), [], []
-    for path in files[::1 + len(files) // 100]:
+    for path in tqdm(files[::max(1, math.ceil(len(files) / 100))], "report", disable=None):
         try:
             wav = read_audio(path, seconds=30)[None].to(device)
         except ValueError as error:
-            print(f"skipped: {error}")
+            tqdm.write(f"skipped: {error}")
             continue
         tokens.append(codec.encode(wav))
         made = codec.decode(tokens[-1])[:, :wav.shape[1]]
@@ -578,26 +599,52 @@ def report(codec: Codec, files: list[Path], out: Path):
 
 
 def reconstruct(args):
-    """Encode and decode one file with the trained codec."""
-    source, target = args.reconstruct
+    """Encode and decode one file."""
+    source, target = map(Path, args.reconstruct)
     device = pick_device(args.device)
-    codec = Codec.load(Path(args.out) / "codec.pt", device)
+    codec = Codec.load(args.codec, device)
     wav = read_audio(source)
-    tokens = codec.encode(wav[None].to(device))
+    tokens = codec.encode(wav[None].to(device))[:, :args.codebooks]
     made = codec.decode(tokens)[0, :len(wav)].cpu().clamp(-1, 1)
-    buffer = io.BytesIO()
-    sf.write(buffer, made.numpy(), SAMPLE_RATE, format=Path(target).suffix[1:])
-    write_atomically(Path(target), buffer.getvalue())
-    print(f"wrote {target}: {tokens.numel()} tokens, {codec.bitrate / 1000:.1f} kbit/s")
+    temporary = target.with_name(f".part-{target.name}")
+    sf.write(temporary, made.numpy(), SAMPLE_RATE)
+    os.replace(temporary, target)
+    share = tokens.shape[1] / codec.quantizer.num_codebooks
+    print(f"wrote {target}: {tokens.numel()} tokens, {share * codec.bitrate / 1000:.1f} kbit/s")
 
 
-# ------------------------------------------------------------------------------- files and devices
+# ------------------------------------------------------- files, devices and flags, for all stages
 
 def write_atomically(path: Path, data: bytes):
     """A reader finds the old file or the new one, never half of one."""
     temporary = path.with_name(f".{path.name}.part")
     temporary.write_bytes(data)
     os.replace(temporary, path)
+
+
+def save_checkpoint(path: Path, checkpoint: dict):
+    """As write_atomically."""
+    temporary = path.with_name(f".{path.name}.part")
+    torch.save(checkpoint, temporary)
+    os.replace(temporary, path)
+
+
+def in_half(checkpoint: dict) -> dict:
+    """The same checkpoint with its weights in half precision."""
+    weights = {name: value.half() if value.is_floating_point() else value
+               for name, value in checkpoint["model"].items()}
+    return checkpoint | {"model": weights}
+
+
+def save_log(out: Path, log: list[dict]):
+    write_atomically(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log).encode())
+
+
+def save_skipped(path: Path, messages: list[str]):
+    """Write down what could not be used, a line each, and say how much it is."""
+    write_atomically(path, "".join(f"{message}\n" for message in messages).encode())
+    if messages:
+        print(f"  {len(messages)} skipped, named in {path}: {messages[0]}")
 
 
 def load_checkpoint(path: str | Path, kind: str) -> dict:
@@ -611,6 +658,30 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
     except Exception:                   # torch raises many types for a damaged file
         pass
     raise ValueError(f"{path}: damaged, or no {kind} checkpoint of this project")
+
+
+def check_same_flags(path: Path, flags: dict, args, free: list[str]):
+    """A run resumes only with the flags it began with, except for those that are free."""
+    for name, now in vars(args).items():
+        if name not in free and now != flags[name]:
+            raise ValueError(f"{path} was trained with --{name.replace('_', '-')} {flags[name]}, "
+                             f"not {now}: give another --out, or delete it")
+
+
+def flags_of(args, *names: str) -> str:
+    """Flags of this run that the next stage needs as well, as one types them."""
+    words = []
+    for name in names:
+        if getattr(args, name):
+            words += [f"--{name}", *getattr(args, name)]
+    return " " + shlex.join(words)
+
+
+def refuse_idle(parser: ArgumentParser, args, why: str, *names: str):
+    """A flag without effect is an error."""
+    for name in names:
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} has no effect {why}")
 
 
 def pick_device(name: str) -> str:
@@ -633,9 +704,29 @@ def start_processes(name: str) -> tuple[torch.device, int, int]:
     return torch.device(device), int(os.environ.get("RANK", 0)), world
 
 
-# ------------------------------------------------------------------------------- audio and corpora
+def run_stage(stage: Callable, args):
+    """Bad input and Ctrl-C end a script with one line."""
+    try:
+        stage(args)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\ninterrupted: what is written is kept, and the same command continues",
+              file=sys.stderr)
+        sys.exit(130)
 
-AUDIO = {".flac", ".wav", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".caf", ".w64"}
+
+class HelpPage(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
+    """Keeps the line breaks of the file's docstring, and shows the defaults."""
+
+
+# ------------------------------------------------------------- audio and corpora, for all stages
+
+# The first row is what soundfile reads; files like those of the second are named as unreadable.
+AUDIO = {".flac", ".wav", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".caf", ".w64",
+         ".m4a", ".mp4", ".webm", ".wma", ".aac", ".amr", ".3gp"}
 # Named corpora: their folder, and their usual subsets. Any other name is a folder.
 CORPORA = {
     "synthetic": ("data/synthetic", {"train": ["train"], "dev": ["dev"], "test": ["test"]}),
@@ -653,11 +744,7 @@ def read_audio(path: str | Path, seconds: float | None = None, at: float = 0.0) 
     Raises ValueError when the file cannot be read, breaks off, or holds nothing that can be sound.
     """
     try:
-        with open(path, "rb") as file:
-            kind, size = file.read(4), int.from_bytes(file.read(4), "little")
-        # libsndfile takes a WAV that breaks off for a shorter one. Streams give sizes near 2 GiB.
-        if kind == b"RIFF" and os.path.getsize(path) < 0.9 * size and size < 0x7f000000:
-            raise ValueError(f"{path}: breaks off before its {size} bytes")
+        check_wav_size(path)
         with sf.SoundFile(path) as file:
             rate, wanted = file.samplerate, file.frames
             if seconds:
@@ -669,58 +756,91 @@ def read_audio(path: str | Path, seconds: float | None = None, at: float = 0.0) 
                 blocks.append(block.mean(1))
                 left -= len(block)
     except (OSError, RuntimeError, TypeError) as error:     # TypeError: headerless .raw
-        raise ValueError(f"{path}: not readable as audio ({str(error).splitlines()[0]})")
+        raise ValueError(f"{path}: not readable as audio ({str(error).splitlines()[0]}); other "
+                         f"formats: ffmpeg -i in.m4a out.wav")
     wav = np.concatenate(blocks)
+    check_sound(path, wav, wanted, rate)
+    return torchaudio.functional.resample(torch.from_numpy(wav), rate, SAMPLE_RATE)
+
+
+def check_wav_size(path: str | Path):
+    """libsndfile takes a WAV that breaks off for a shorter one."""
+    with open(path, "rb") as file:
+        kind, size = file.read(4), int.from_bytes(file.read(4), "little")
+    # Streams give sizes near 2 GiB.
+    if kind == b"RIFF" and os.path.getsize(path) < 0.9 * size and size < 0x7f000000:
+        raise ValueError(f"{path}: breaks off before its {size} bytes")
+
+
+def check_sound(path: str | Path, wav: np.ndarray, wanted: int, rate: int):
+    """Raises ValueError unless wav (S,), as read from path, can be a recording."""
     if not len(wav):
         raise ValueError(f"{path}: holds no samples")
-    if left > 0.1 * wanted:             # the header of an MP3 may be a little off
+    if len(wav) < 0.9 * wanted:         # the header of an MP3 may be a little off
         raise ValueError(f"{path}: breaks off after {len(wav)} of {wanted} samples")
     if not np.abs(wav).max() < 100:     # true for NaN, too
         raise ValueError(f"{path}: holds samples that are not numbers, or far above full scale")
     if not 1000 <= rate <= 400_000 or rate // math.gcd(rate, SAMPLE_RATE) > 4000:
         raise ValueError(f"{path}: has a sample rate of {rate} Hz, as damaged files do")
-    return torchaudio.functional.resample(torch.from_numpy(wav), rate, SAMPLE_RATE)
 
 
 def find_subsets(corpora: list[str], **asked: list[str]) -> dict[str, dict[str, list[Path]]]:
     """Several corpora, read as one -> {role: {subset: [folders that have it]}}.
 
-    asked: for the roles train, dev and test, the names of subsets, or [] for the usual ones, of
-    which dev and test may be missing. Named corpora are made or downloaded, as far as needed.
+    asked: for the roles train, dev and test, names of subsets, each of which must exist, or [] for
+    the usual ones, as far as they exist. Each corpus must have some subset.
     """
     found = {role: {} for role in asked}
     for corpus in corpora:
-        folder, usual = CORPORA.get(corpus, (corpus, CORPORA["synthetic"][1]))
-        folder, wanted = Path(folder), {role: asked[role] or usual[role] for role in asked}
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            if corpus == "synthetic":
-                make_synthetic(folder)
-            elif corpus in CORPORA:
-                for name in sum(wanted.values(), []):
-                    fetch_librispeech(folder, name)
-        if dist.is_initialized():
-            dist.barrier()              # the other processes wait until the corpus is there
-        if not folder.is_dir():
-            raise ValueError(f"--corpus {corpus}: no such folder, and none of {', '.join(CORPORA)}")
-        present = {role: [name for name in names if find_audio(folder, name)]
-                   for role, names in wanted.items()}
-        if not any(present.values()):
-            raise ValueError(f"{folder}: no audio for {wanted}; name your subsets with --train")
-        for role, names in present.items():
-            for name in names:
-                found[role].setdefault(name, []).append(folder)
-    for role, names in asked.items():
-        missing = set(names) - set(found[role])
-        if missing or role == "train" and not found[role]:
-            names = ", ".join(missing or wanted[role])
-            raise ValueError(f"{folder}: no audio in subset {names}; name yours with --{role}")
+        name, usual = CORPORA.get(corpus, (corpus, CORPORA["synthetic"][1]))
+        folder, wanted = Path(name), {role: asked[role] or usual[role] for role in asked}
+        prepare(corpus, folder, wanted)
+        empty = True
+        for role, subsets in wanted.items():
+            for subset in subsets:
+                if find_audio(folder, subset):
+                    found[role].setdefault(subset, []).append(folder)
+                    empty = False
+        if empty:
+            raise ValueError(nothing_found(folder, wanted))
+    for role, subsets in asked.items():
+        for subset in subsets:
+            if subset not in found[role]:
+                raise ValueError(f"--{role} {subset}: no such subset in {', '.join(corpora)}")
     return found
+
+
+def prepare(corpus: str, folder: Path, wanted: dict[str, list[str]]):
+    """Make or download a named corpus, as far as it is not there."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        if corpus == "synthetic":
+            make_synthetic(folder)
+        elif corpus in CORPORA:
+            for subset in sum(wanted.values(), []):
+                fetch_librispeech(folder, subset)
+    if dist.is_initialized():
+        dist.barrier()                  # the other processes wait until the corpus is there
+    if not folder.is_dir():
+        raise ValueError(f"--corpus {corpus}: no such folder, and none of {', '.join(CORPORA)}")
+
+
+def nothing_found(folder: Path, wanted: dict[str, list[str]]) -> str:
+    """What was looked for, and what is there."""
+    names = ", ".join(sum(wanted.values(), []))
+    there = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
+    return (f"{folder}: no audio of the subsets {names}. A subset NAME is a folder NAME/ with "
+            f"audio, a manifest NAME.jsonl, or */*/transcript_NAME.txt; {folder} holds "
+            f"{', '.join(there[:6]) or 'nothing'}{', ...' * (len(there) > 6)}. Name your subsets "
+            f"with --train, --dev and --test")
 
 
 def audio_files(subsets: dict[str, list[Path]]) -> list[Path]:
     """{subset: [folders that have it]} -> their files."""
-    return [path for name, folders in subsets.items()
-            for folder in folders for path in find_audio(folder, name)]
+    files = []
+    for subset, folders in subsets.items():
+        for folder in folders:
+            files += find_audio(folder, subset)
+    return files
 
 
 def find_audio(folder: Path, subset: str) -> list[Path]:
@@ -733,7 +853,15 @@ def find_audio(folder: Path, subset: str) -> list[Path]:
     if lists:
         return [path.parent / "wav" / f"{words[0]}.wav" for path in lists
                 for words in read_lines(path)]
-    return sorted(path for path in (folder / subset).rglob("*") if path.suffix.lower() in AUDIO)
+    return [path for path in files_below(folder / subset) if path.suffix.lower() in AUDIO]
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files in a folder and in its folders, sorted; links are followed."""
+    found = []
+    for root, _, names in os.walk(folder, followlinks=True):
+        found += [Path(root, name) for name in names]
+    return sorted(found)
 
 
 def read_lines(path: Path) -> list[list[str]]:
@@ -743,73 +871,86 @@ def read_lines(path: Path) -> list[list[str]]:
 
 
 def read_manifest(path: Path) -> tuple[list[dict], list[str]]:
-    """JSON lines with at least audio_filepath -> rows, and a message for each line without."""
+    """JSON lines with at least audio_filepath -> rows, and a message for each line without.
+
+    Raises ValueError when no line has it.
+    """
     rows, skipped = [], []
     for number, line in enumerate(path.read_text("utf-8-sig", errors="replace").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
-            Path(row["audio_filepath"]).with_suffix("")
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("audio_filepath"), str):
             rows.append(row)
-        except (ValueError, KeyError, TypeError):
-            if line.strip():
-                skipped.append(f"{path}: line {number} is no JSON object with an audio_filepath")
+        else:
+            found = ", ".join(row) if isinstance(row, dict) else "no JSON object"
+            skipped.append(f"{path}: line {number} has {found}; each line needs to be a JSON "
+                           f"object with audio_filepath and text")
+    if skipped and not rows:
+        raise ValueError(skipped[0])
     return rows, skipped
 
 
-# --------------------------------------------------------------------------------------------- main
-
-class HelpPage(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
-    """Keeps the line breaks of the file's docstring, and shows the defaults."""
-
+# -------------------------------------------------------------------------------------------- main
 
 def parse(arguments=None):
     parser = ArgumentParser(description=__doc__, formatter_class=HelpPage)
-    add = parser.add_argument
+    add = parser.add_argument_group("speech").add_argument
     add("--corpus", nargs="+", default=["synthetic"],
         help="synthetic, mini-librispeech, librispeech, or folders, read as one corpus")
     add("--train", nargs="+", default=[],
         help="subsets to train on, if not the usual ones; any folder of audio in --corpus will do")
     add("--dev", nargs="+", default=[], help="subsets to report on, if not the usual ones")
+    add("--crop", type=float, default=1.0, help="seconds of a recording that a step sees")
+    add = parser.add_argument_group("codec").add_argument
     add("--encoder", choices=("time", "mel"), default="mel",
         help="what the encoder sees: the waveform, or its log-mel spectrogram")
-    add("--quantizer", choices=("rvq", "fsq"), default="fsq", help="residual VQ or grouped FSQ")
+    add("--quantizer", choices=("rvq", "fsq"), default="fsq",
+        help="residual vector quantization, or grouped finite scalar quantization")
     add("--strides", nargs="+", type=int, default=[2, 4, 5, 10],
-        help="product = samples a token frame: 400 = 25 ms = 40 Hz; 2 4 5 5 = 80 Hz")
-    add("--codebooks", type=int, default=8, help="codebooks of RVQ, or groups of FSQ")
+        help="their product is the samples per token frame: 400 = 25 ms = 40 Hz; 2 4 5 5 = 80 Hz")
+    add("--codebooks", type=int, help="codebooks of RVQ, or groups of FSQ: 8 unless given; with "
+        "--reconstruct, use only so many of them")
     add("--codebook-size", type=int, default=1024, help="codes in each codebook of RVQ")
-    add("--size", choices=SIZES, default="tiny", help="width and depth of encoder and decoder")
+    add("--size", choices=SIZES, default="tiny",
+        help="width and depth of encoder and decoder; base needs a GPU")
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=int, default=500, help="training steps; real speech takes thousands")
+    add("--batch", type=int, default=8, help="crops per step, over all processes")
+    add("--lr", type=float, default=1e-3, help="peak learning rate")
     add("--adversarial", action="store_true",
         help="add a discriminator, for better sound; on a finished codec: train its decoder alone")
-    add("--steps", type=int, default=500, help="training steps; real speech takes thousands")
-    add("--batch", type=int, default=8, help="crops a step, over all processes")
-    add("--crop", type=float, default=1.0, help="seconds a crop")
-    add("--lr", type=float, default=1e-3, help="peak learning rate")
     add("--seed", type=int, default=0, help="random seed for weights and data order")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
     add("--out", default="runs/codec", help="folder to write")
-    add("--reconstruct", nargs=2, metavar=("IN", "OUT"),
-        help="encode and decode one file with the codec in --out, then stop")
+    add = parser.add_argument_group("listening").add_argument
+    add("--reconstruct", nargs=2, metavar=("IN", "OUT"), help="encode and decode one audio file")
+    add("--codec", default="runs/codec/codec.pt", help="the codec that --reconstruct uses")
+
     args = parser.parse_args(arguments)
+    if args.reconstruct:
+        idle = set(vars(args)) - {"reconstruct", "codec", "codebooks", "device"}
+        refuse_idle(parser, args, "with --reconstruct", *sorted(idle))
+        return args
+    refuse_idle(parser, args, "without --reconstruct", "codec")
+    if args.quantizer == "fsq":
+        refuse_idle(parser, args, "with --quantizer fsq, which has 1000 codes", "codebook_size")
+    args.codebooks = 8 if args.codebooks is None else args.codebooks
     if min(args.codebooks, args.codebook_size, args.steps, args.batch, args.crop, args.lr) <= 0:
         parser.error("--codebooks, --codebook-size, --steps, --batch, --crop, --lr must be above 0")
+    if args.codebook_size > 32_768:
+        parser.error("--codebook-size: at most 32768, as tokens are stored in 16 bits")
     if min(args.strides) < 1 or math.prod(args.strides) % 2:
         parser.error("--strides: the product must be even")
-    if args.quantizer == "fsq" and args.codebook_size != 1024:
-        parser.error("--codebook-size is for --quantizer rvq; FSQ has 1000 codes")
     return args
 
 
 def main(arguments=None):
     args = parse(arguments)
-    try:
-        if args.reconstruct:
-            reconstruct(args)
-        else:
-            train(args)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_stage(reconstruct if args.reconstruct else train, args)
 
 
 # -------------------------------------------------- appendix, can be skipped: LibriSpeech downloads
@@ -856,15 +997,15 @@ def fetch_librispeech(folder: Path, subset: str):
 
 # ----------------------------------------------------- appendix, can be skipped: synthetic speech
 #
-# A source-filter synthesiser after Klatt (1980): pulses at the pitch of the voice, and noise, pass
+# A source-filter synthesizer after Klatt (1980): pulses at the pitch of the voice, and noise, pass
 # through resonances that move from sound to sound. The vowels are near those of Peterson and
 # Barney (1952). It works on short-time spectra: 28 minutes of speech take about 20 seconds.
 
-STEP = 64           # samples a frame of the synthesiser
+STEP = 64           # samples per frame of the synthesizer
 
 # Each sound: its length and the silence before it (ms); three formants (Hz); amplitudes of voice
 # and of hiss, which is noise with a peak of its own; that peak (Hz).
-PHONES = """
+PHONE_TABLE = """
       length pause    F1    F2    F3  voice  hiss   peak
 SIL      100     0   500  1500  2500    0.0   0.0   4000
 IY       110     0   280  2300  3000    1.0   0.0   4000
@@ -887,7 +1028,7 @@ D         25    50   250  1750  2700    0.5   0.3   5000
 T         40    60   250  1750  2700    0.0   0.5   5000
 K         40    60   250  2100  2350    0.0   0.5   2100
 """
-LEXICON = """
+WORD_LIST = """
 MAN M AE N | MOON M UW N | NAME N EH IY M | NINE N AA IY N | TEN T EH N | EIGHT EH IY T
 FOUR F AO R | RED R EH D | BLUE B L UW | BLACK B L AE K | WHITE W AA IY T | WATER W AO T ER
 FEET F IY T | SHOE SH UW | SEA S IY | BIRD B ER D | CAT K AE T | COW K AA UW | FOX F AA K S
@@ -898,10 +1039,14 @@ FARM F AA R M | STAR S T AA R | STONE S T AO UW N | SNOW S N AO UW | SMOKE S M A
 BOAT B AO UW T | FOOD F UW D | BREAD B R EH D | SALT S AO L T | WALK W AO K | SMALL S M AO L
 BELL B EH L | LEAF L IY F | SHEET SH IY T | DREAM D R IY M
 """
-PHONES = {name: [float(value) for value in values]
-          for name, *values in map(str.split, PHONES.splitlines()[2:])}
-ENTRIES = LEXICON.strip().replace("\n", "|").split("|")
-LEXICON = {word: phones for word, *phones in map(str.split, ENTRIES)}
+PHONES = {}         # name: length, pause, F1, F2, F3, voice, hiss, peak
+for line in PHONE_TABLE.splitlines()[2:]:
+    name, *values = line.split()
+    PHONES[name] = [float(value) for value in values]
+LEXICON = {}        # word: its phones
+for entry in WORD_LIST.strip().replace("\n", "|").split("|"):
+    word, *phones = entry.split()
+    LEXICON[word] = phones
 
 VOICES = {"train": range(100, 120), "dev": range(120, 123), "test": range(123, 127)}
 UTTERANCES = {"train": 600, "dev": 60, "test": 100}

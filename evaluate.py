@@ -1,16 +1,22 @@
-"""Stage 4: evaluate, compare, show and use a trained recogniser.
+"""Stage 4: recognize speech with a trained recognizer, and measure how well.
 
 in   runs/asr/asr.pt, and the tokens that it was trained on
 out  runs/eval/report.json, report.md       word and character error rates, with intervals
-     (compare, content, benchmark: likewise; pictures with --plots)
+     runs/eval/*.png                        pictures of single utterances, with --plots
 
     python evaluate.py                                              # the test subsets
-    python evaluate.py --audio talk.mp3                             # transcribe
-    python evaluate.py --noise white babble --snr 20 10 0           # degrade, encode, recognise
+    python evaluate.py --audio talk.mp3 my-recordings               # transcribe files and folders
+    python evaluate.py --noise white babble --snr 20 10 0           # degrade, encode, recognize
     python evaluate.py --compare runs/asr runs/asr-mel              # one table, with differences
+
+From Python:
+
+    recognizer = Recognizer("runs/asr/asr.pt")
+    print(recognizer.transcribe("talk.mp3"))
 
 WER, CER: word and character error rate, (substitutions + deletions + insertions) / length.
 Intervals: 95 %, by a bootstrap that resamples speakers where there are five or more.
+Legend: T token frames, Q codebooks, D feature size, T' output frames, V text units, N utterances.
 """
 
 import gzip
@@ -27,48 +33,65 @@ from pathlib import Path
 
 import jiwer
 import numpy as np
-import soundfile as sf
 import torch
-import torchaudio
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from tqdm import tqdm
 
-from asr_model import CodecASR
-from codec import (SAMPLE_RATE, Codec, HelpPage, LogMel, mel_window, pick_device, read_audio,
-                   write_atomically)
+from codec import (AUDIO, SAMPLE_RATE, HelpPage, LogMel, files_below, load_checkpoint, pick_device,
+                   read_audio, refuse_idle, run_stage, write_atomically)
 from tokenize_corpus import FrontEnd, Noise, Utterance
-from train_asr import (TokenSet, build_model, check_same_tokens, frames_needed, greedy,
-                       load_checkpoint, read_meta, seconds, split_language, transcript)
+from train_asr import (TokenSet, build_model, check_same_tokens, greedy, read_meta,
+                       split_language)
 
 
-# ------------------------------------------------------------------------------------- recognising
+# ------------------------------------------------------------------------------------ recognizing
 
-class Recogniser:
-    """A trained run, ready for use: arrays in, texts out."""
+class Recognizer:
+    """A trained recognizer, ready for use.
 
-    def __init__(self, path: str | Path, args):
-        saved = load_checkpoint(path)
-        self.path, self.device = Path(path), torch.device(pick_device(args.device))
-        self.flags, self.meta, self.log = saved["flags"], saved["meta"], saved["log"]
-        self.units = SentencePieceProcessor(model_proto=saved["text"])
-        self.model = build_model(self.flags, self.meta, len(self.units))
-        self.model.load_state_dict(saved["model"])
+        recognizer = Recognizer("results/mini-librispeech/asr.pt", lm="lm.arpa.gz")
+        text = recognizer.transcribe("talk.mp3")
+        text = recognizer.recognize(codec.encode(wav)[0].T)         # tokens (T, Q)
+    """
+
+    def __init__(self, path: str | Path, device: str = "auto", lm: str | None = None,
+                 codec: str | None = None, beam: int = 200, lm_weight: float = 3.0,
+                 word_score: float = 0.0, prior_weight: float = 0.5):
+        """path: asr.pt or its folder. lm: a word language model in ARPA form, .gz or not, for a
+        beam search; without, decoding is greedy. codec: that of its tokens unless given. Raises
+        ValueError when a file is missing, damaged, or does not fit."""
+        self.path = Path(path) / "asr.pt" if Path(path).is_dir() else Path(path)
+        saved = load_checkpoint(self.path, "asr")
+        self.device = torch.device(pick_device(device))
+        try:
+            self.flags, self.meta, self.log = saved["flags"], saved["meta"], saved["log"]
+            self.units = SentencePieceProcessor(model_proto=saved["text"])
+            self.model = build_model(self.flags, self.meta, len(self.units))
+            self.model.load_state_dict(saved["model"])
+        except (KeyError, TypeError, RuntimeError):
+            raise ValueError(f"{self.path}: not a whole recognizer; copy or train it again")
         self.model.to(self.device).eval()
-        self.beam_search = beam_search(self.units, args) if args.lm else None
+        self.codec, self.encode = codec or self.path.parent / self.meta["codec_path"], None
+        # Recognizers from before the prior was measured have none.
+        self.prior = prior_weight * saved.get("log_prior", torch.zeros(len(self.units)))
+        self.beam_search = None
+        if lm:
+            self.beam_search = beam_search(self.units, lm, beam, lm_weight, word_score)
 
-    def front_end(self, codec: str | None) -> FrontEnd:
+    def front_end(self) -> FrontEnd:
         """What made its tokens. Raises ValueError when the codec at hand is another one."""
-        codec = codec or self.path.parent / self.meta["codec_path"]
-        front_end = FrontEnd(self.meta["features"], codec, self.meta["hop"], str(self.device))
-        check_same_tokens(self.path, self.meta, codec, front_end.meta)
-        return front_end
+        if not self.encode:
+            features, hop = self.meta["features"], self.meta["hop"]
+            self.encode = FrontEnd(features, self.codec, hop, str(self.device))
+            check_same_tokens(self.path, self.meta, self.codec, self.encode.meta)
+        return self.encode
 
     @torch.inference_mode()
     def log_probs(self, array: Tensor) -> Tensor:
         """A recording of any length, (T, Q) or (T, D) -> (1, T', V), in bounded memory.
 
-        Recordings longer than 50 seconds are read in windows. Neighbours overlap by ten seconds,
+        Recordings longer than 50 seconds are read in windows. Neighbors overlap by ten seconds,
         and each supplies the half of the overlap in which it has more context.
         """
         factor = self.flags["subsampling"]
@@ -82,69 +105,50 @@ class Recogniser:
             parts.append(log_probs[:, start - first:start - first + 50 * second].cpu())
         return torch.cat(parts, 1)
 
-    def token_source(self, args) -> tuple[str, list[str]]:
-        """-> the folder of its tokens, the subsets to evaluate."""
-        folder = args.tokens or self.flags["tokens"]
-        found = read_meta(folder)
-        check_same_tokens(self.path, self.meta, folder, found)
-        if not (args.test or found["test"]):
-            raise ValueError(f"{folder}: has no test subset; name another one with --test")
-        return folder, args.test or found["test"]
-
-    def recognise(self, array: Tensor) -> str:
-        """A recording (T, Q) or (T, D) -> its text."""
-        log_probs = self.log_probs(array)
+    def recognize(self, tokens: Tensor) -> str:
+        """Tokens (T, Q), or features (T, D), of a recording -> its text."""
+        log_probs = self.log_probs(tokens)
         if self.beam_search:
-            best = self.beam_search(log_probs)[0]
+            best = self.beam_search(log_probs - self.prior)[0]
             return " ".join(best[0].words) if best else ""
         return greedy(self.units, log_probs, torch.tensor([log_probs.shape[1]]))[0]
 
+    def transcribe(self, path: str | Path) -> str:
+        """An audio file of any length -> its text. Raises ValueError where it cannot be read."""
+        return self.recognize(torch.from_numpy(self.front_end()(read_audio(path))))
 
-def beam_search(units: SentencePieceProcessor, args):
+
+def beam_search(units: SentencePieceProcessor, lm: str, beam: int, lm_weight: float,
+                word_score: float):
     """torchaudio's beam search over the words of an ARPA language model, as it is or gzipped.
 
-    Words are spelled in the recogniser's text units.
+    Words are spelled in the recognizer's text units.
     """
     try:
         from torchaudio.models.decoder import ctc_decoder
     except (ImportError, RuntimeError):
         raise ValueError("--lm: the beam search needs pip install flashlight-text")
     pieces = [units.id_to_piece(i) for i in range(len(units))]
-    opened = gzip.open if args.lm.endswith(".gz") else open
-    with opened(args.lm, "rt", encoding="utf-8", errors="replace") as arpa:
-        unigrams = itertools.takewhile(lambda line: not line.startswith("\\2-grams"), arpa)
-        words = [line.split()[1] for line in unigrams if "\t" in line]
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as lexicon:
-        for word in words:
+        for word in tqdm(arpa_words(lm), "reading the language model", leave=False, disable=None):
             if word[0] != "<" and 0 not in units.encode(word):
                 print(word, *units.encode(word, out_type=str), file=lexicon)
         lexicon.flush()
         try:
             return ctc_decoder(
-                lexicon=lexicon.name, tokens=pieces, lm=args.lm, beam_size=args.beam,
-                lm_weight=args.lm_weight, word_score=args.word_score,
+                lexicon=lexicon.name, tokens=pieces, lm=str(lm), beam_size=beam,
+                lm_weight=lm_weight, word_score=word_score,
                 blank_token=pieces[0], sil_token=pieces[0], unk_word="<unk>")
         except RuntimeError:
-            raise ValueError(f"--lm {args.lm}: not a word language model in ARPA form")
+            raise ValueError(f"--lm {lm}: not a word language model in ARPA form")
 
 
-def transcribe(args):
-    """Print what is said in each file; with --plots, draw it too."""
-    recogniser = Recogniser(args.asr, args)
-    front_end, failed = recogniser.front_end(args.codec), 0
-    for path in args.audio:
-        try:
-            wav = read_audio(path)
-        except ValueError as error:
-            print(f"skipped: {error}")
-            failed += 1
-            continue
-        array = torch.from_numpy(front_end(wav))
-        print(f"{path}: {recogniser.recognise(array)}")
-        if args.plots:
-            plot_utterance(recogniser, wav, array, Path(args.out) / f"{Path(path).stem}.png")
-    if failed == len(args.audio):
-        raise ValueError("none of the files could be read")
+def arpa_words(lm: str) -> list[str]:
+    """The words that an ARPA file lists as its 1-grams."""
+    opened = gzip.open if str(lm).endswith(".gz") else open
+    with opened(lm, "rt", encoding="utf-8", errors="replace") as arpa:
+        unigrams = itertools.takewhile(lambda line: not line.startswith("\\2-grams"), arpa)
+        return [line.split()[1] for line in unigrams if "\t" in line]
 
 
 # ----------------------------------------------------------------------------------------- scoring
@@ -153,6 +157,7 @@ class Score:
     """Errors and reference lengths of each utterance, so that every rate comes from one count."""
 
     def __init__(self, rows: list[dict], hyps: list[str]):
+        """rows: of the token folder, with text, lang and speaker; hyps: what was recognized."""
         self.rows, self.hyps = rows, [split_language(hyp) for hyp in hyps]
         self.refs = [row["text"] for row in rows]
         texts = [text for _, text in self.hyps]
@@ -224,80 +229,19 @@ def percent(summary: dict, name: str) -> str:
 
 
 def table(header: list[str], rows: list[list]) -> str:
-    """A Markdown table; cells beyond the header are dropped."""
+    """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(map(str, line[:len(header)]))} |\n" for line in lines)
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
-def save_report(args, name: str, report: dict, page: str) -> Path:
-    """Print the page; write it to name.md, and the numbers with their origin to name.json."""
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+def origin(args) -> dict:
+    """Where numbers come from: command, seed, commit and machine."""
     git = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=Path(__file__).parent,
                          capture_output=True, text=True)
-    origin = {"command": shlex.join(["python", *sys.argv]), "seed": args.seed,
-              "commit": git.stdout.strip(),
-              "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, "
-                         f"{torch.get_num_threads()} threads"}
-    write_atomically(out / f"{name}.md", page.encode())
-    write_atomically(out / f"{name}.json", json.dumps(origin | report, indent=1).encode())
-    print(f"{page}\nwrote {out / name}.md and .json")
-    return out
-
-
-def evaluate(args):
-    """Evaluate one run, or compare several, on the test subsets: clean, and in noise."""
-    report, rows, first, subsets, page = {}, [], {}, [], ""
-    for name, path in runs(args).items():
-        run = Recogniser(path, args)
-        folder, tested = run.token_source(args)
-        subsets = subsets or tested                     # those of the first run
-        bitrate = run.meta["bitrate"] * run.model.num_codebooks / max(1, run.meta["codebooks"])
-        report[name] = {"flags": run.flags, "meta": run.meta, "bitrate": bitrate, "log": run.log,
-                        "test": {}}
-        for subset in subsets:
-            data = TokenSet(folder, [subset])
-            for kind, snr, arrays in conditions(run, data, args):
-                test = f"{subset}, {kind} {snr:g} dB" if kind else subset
-                progress = tqdm(arrays, test, leave=False, disable=None)
-                score = Score(data.rows, [run.recognise(array) for array in progress])
-                base = first.setdefault(test, score)
-                if score.refs != base.refs:
-                    raise ValueError(f"{name}: its {subset} holds other utterances than that of "
-                                     f"{args.compare[0]}")
-                low, high = difference(score, base, args.seed)
-                summary = score.summary(args.seed) | {
-                    "subset": subset, "noise": kind, "snr": snr, "cer_minus_first": [low, high]}
-                report[name]["test"][test] = summary
-                rows.append([name, test, summary["utterances"], percent(summary, "wer"),
-                             percent(summary, "cer"), f"{100 * low:+.1f} to {100 * high:+.1f}"])
-                if not kind and not args.compare:
-                    page += f"\n{subset}\n{remarks(score, summary)}"
-    header = ["run", "test", "utterances", "WER % (95 %)", "CER % (95 %)"]
-    if args.compare:
-        header.append("CER minus the first run's (95 %)")
-    page += "\n" + table(header, rows)
-    out = save_report(args, "compare" if args.compare else "report", {"runs": report}, page)
-    if args.plots:
-        wav = read_audio(data.rows[0]["audio"])
-        plot_utterance(run, wav, data.arrays[0], out / "utterance.png")
-        plot_report(report, out)
-
-
-def runs(args) -> dict[str, str | Path]:
-    """Names and checkpoints of the runs to look at."""
-    return {folder: Path(folder) / "asr.pt" for folder in args.compare} or {args.asr: args.asr}
-
-
-def conditions(run: Recogniser, data: TokenSet, args) -> Iterator[tuple]:
-    """-> kind of noise, signal-to-noise ratio, arrays of the utterances: first without noise."""
-    yield None, None, data.arrays
-    items = [Utterance(**{name: row[name] for name in Utterance._fields}) for row in data.rows]
-    front_end = run.front_end(args.codec) if args.noise else None
-    for kind, snr in itertools.product(args.noise, args.snr):
-        noise = Noise([kind], [snr, snr], items, args.seed)
-        yield kind, snr, [torch.from_numpy(front_end(noise(read_audio(item.audio), item)))
-                          for item in tqdm(items, f"{kind} {snr:g} dB", disable=None)]
+    return {"command": shlex.join(["python", *sys.argv]), "seed": args.seed,
+            "commit": git.stdout.strip(),
+            "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, "
+                       f"{torch.get_num_threads()} threads"}
 
 
 def remarks(score: Score, summary: dict) -> str:
@@ -314,130 +258,115 @@ def remarks(score: Score, summary: dict) -> str:
     return page
 
 
-# --------------------------------------------------------------------------- what the tokens carry
-
-def entropy(*labels: np.ndarray) -> float:
-    """Bits of one kind of label, or of several together: integers (N,) each."""
-    counts = np.unique(np.stack(labels), axis=1, return_counts=True)[1]
-    return float(torch.special.entr(torch.from_numpy(counts / counts.sum())).sum() / np.log(2))
-
-
-def content(args):
-    """What each codebook of each run reveals about the text unit being said, and the speaker.
-
-    Mutual information is H(code) + H(label) - H(code, label). Of so many codes, some look
-    informative by chance; we subtract what the labels of other utterances give. What remains,
-    H(code, label of another) - H(code, label), is a lower bound. A CTC model may write a unit later
-    than it was said: of delays of 0 to 4 frames, the one that reveals most counts.
-    """
-    rows, shares, page = [], {}, ""
-    for run, path in runs(args).items():
-        tokens, labels, total = labelled_frames(Recogniser(path, args), args)
-        page += f"\n{run}: {len(tokens)} of {total} utterances could be aligned."
-        order = np.random.default_rng(args.seed).permutation(len(tokens))
-        for name, found in labels.items():
-            right, wrong = np.concatenate(found), np.concatenate([found[i] for i in order])
-            bars = shares[f"{run}, {name}"] = {}
-            for level, codes in enumerate(np.concatenate(tokens).T, 1):
-                bits = max(entropy(codes, np.roll(wrong, -delay))
-                           - entropy(codes, np.roll(right, -delay)) for delay in range(5))
-                bars[str(level)] = bits / (entropy(right) or 1)     # a single speaker has none
-                rows.append([run, name, level, f"{bits:.2f}", f"{bars[str(level)]:.0%}"])
-    header = ["run", "label", "codebook", "bits", "share of the label's entropy"]
-    page = table(header, rows) + page + "\nLower bounds: what chance gives is subtracted.\n"
-    out = save_report(args, "content", {"shares": shares}, page)
-    if args.plots:
-        plot_bars(shares, out / "content.png")
+def conditions(run: Recognizer, data: TokenSet, args) -> Iterator[tuple]:
+    """-> kind of noise, signal-to-noise ratio, arrays of the utterances: first without noise."""
+    yield None, None, data.arrays
+    items = [Utterance(**{name: row[name] for name in Utterance._fields}) for row in data.rows]
+    for kind, snr in itertools.product(args.noise, args.snr):
+        noise = Noise([kind], [snr, snr], items, args.seed)
+        yield kind, snr, [torch.from_numpy(run.front_end()(noise(read_audio(item.audio), item)))
+                          for item in tqdm(items, f"{kind} {snr:g} dB", disable=None)]
 
 
-def labelled_frames(run: Recogniser, args) -> tuple[list[np.ndarray], dict, int]:
-    """-> tokens of each utterance (T, Q), {kind of label: those of each utterance (T,)}, the
-    number of utterances before some were left out because they could not be aligned.
-
-    The recogniser itself says where its text units are; each frame belongs to the nearest one.
-    """
-    if not run.meta["codebooks"] or run.flags["subsampling"] > 1:
-        raise ValueError(f"{run.path}: --content needs a run on tokens, without subsampling")
-    data = TokenSet(*run.token_source(args))
-    speakers = sorted({row["speaker"] for row in data.rows})
-    tokens, labels = [], {"character": [], "speaker": []}
-    for row, array in zip(data.rows, data.arrays):
-        target = torch.tensor(run.units.encode(transcript(row, run.flags["lang_token"])))
-        target = target[target != 0]
-        if 0 < frames_needed(target) <= len(array):
-            tokens.append(array.numpy().astype(int))
-            labels["character"].append(align(run.log_probs(array), target))
-            labels["speaker"].append(np.full(len(array), speakers.index(row["speaker"])))
-    return tokens, labels, len(data.rows)
+def load(path: str | Path, args) -> Recognizer:
+    return Recognizer(path, args.device, args.lm, args.codec, args.beam, args.lm_weight,
+                      args.word_score, args.prior_weight)
 
 
-def align(log_probs: Tensor, target: Tensor) -> np.ndarray:
-    """Forced alignment of one utterance, (1, T, V) -> the nearest text unit of each frame, (T,)."""
-    path, _ = torchaudio.functional.forced_align(log_probs, target[None], blank=0)
-    path = path[0].numpy()
-    said = np.flatnonzero(path)
-    middles = (said[1:] + said[:-1]) / 2
-    return path[said[np.searchsorted(middles, np.arange(len(path)))]]
+def evaluate(args):
+    """Evaluate one run, or compare several, on the test subsets: clean, and in noise."""
+    report, rows, first, subsets, page = {}, [], {}, args.test, ""
+    for name in args.compare or [args.asr]:
+        run = load(name, args)
+        folder = args.tokens or run.flags["tokens"]
+        found = read_meta(folder)
+        check_same_tokens(run.path, run.meta, folder, found)
+        subsets = subsets or found["test"]              # those of the first run
+        if not subsets:
+            raise ValueError(f"{folder}: has no test subset; name another one with --test")
+        bitrate = run.meta["bitrate"] * run.model.num_codebooks / max(1, run.meta["codebooks"])
+        report[name] = {"flags": run.flags, "meta": run.meta, "bitrate": bitrate, "log": run.log,
+                        "test": {}}
+        for subset in subsets:
+            data = TokenSet(folder, [subset])
+            for kind, snr, arrays in conditions(run, data, args):
+                test = f"{subset}, {kind} {snr:g} dB" if kind else subset
+                progress = tqdm(arrays, test, leave=False, disable=None)
+                score = Score(data.rows, [run.recognize(array) for array in progress])
+                base = first.setdefault(test, score)
+                if score.refs != base.refs:
+                    raise ValueError(f"{name}: its {subset} holds other utterances than that of "
+                                     f"{args.compare[0]}")
+                low, high = difference(score, base, args.seed)
+                summary = score.summary(args.seed) | {
+                    "subset": subset, "noise": kind, "snr": snr, "cer_minus_first": [low, high]}
+                report[name]["test"][test] = summary
+                rows.append([name, test, summary["utterances"], percent(summary, "wer"),
+                             percent(summary, "cer")])
+                if args.compare:
+                    rows[-1].append(f"{100 * low:+.1f} to {100 * high:+.1f}")
+                elif not kind:
+                    page += f"\n{subset}\n{remarks(score, summary)}"
+    header = ["run", "test", "utterances", "WER % (95 %)", "CER % (95 %)"]
+    if args.compare:
+        header.append("CER minus the first run's (95 %)")
+    page += "\n" + table(header, rows)
+
+    out, stem = Path(args.out), "compare" if args.compare else "report"
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / f"{stem}.md", page.encode())
+    write_atomically(out / f"{stem}.json",
+                     json.dumps(origin(args) | {"runs": report}, indent=1).encode())
+    print(f"{page}\nwrote {out / stem}.md and .json; pictures of them: "
+          f"python -m results.study figures {out / stem}.json")
 
 
-# ------------------------------------------------------------------------------------------- speed
+# ----------------------------------------------------------------------------------- transcribing
 
-def benchmark(args):
-    """Throughput on this machine, in seconds of audio a second: encoding, and training on tokens
-    from disk beside log-mel computed on the fly (the paper's claim of cheap training)."""
-    device, report = pick_device(args.device), {}
-    wav = 0.05 * torch.randn(1, 60 * SAMPLE_RATE, device=device)
-    for encoder, quantizer in itertools.product(("mel", "time"), ("fsq", "rvq")):
-        codec = Codec(encoder, quantizer).to(device).eval()
-        report[f"encoding, {encoder} {quantizer}"] = 60 / seconds(lambda: codec.encode(wav))
-    with tempfile.TemporaryDirectory() as folder:
-        flac, array = f"{folder}/minute.flac", f"{folder}/minute.npy"
-        sf.write(flac, wav[0].cpu().numpy(), SAMPLE_RATE)
-        np.save(array, np.random.randint(1000, size=(6, 400, 8)))
-        for name, codebooks, hop, subsampling in (
-                ("tokens from disk, 40 frames a second", 8, 400, 1),
-                ("log-mel from audio, 40 frames a second", 0, 400, 1),
-                ("log-mel from audio, 100 frames a second", 0, 160, 1),
-                ("log-mel from audio, 100 frames a second, subsampled to 25", 0, 160, 4)):
-            mel = LogMel(mel_window(hop), hop, 80)
-            model = CodecASR(32, codebooks, 1000, 80, "sum", "tiny", subsampling).to(device)
-
-            def step():
-                """Forward and backward pass on six pieces of ten seconds."""
-                batch = (torch.from_numpy(np.load(array)) if codebooks
-                         else mel(read_audio(flac).view(6, -1)).mT).to(device)
-                log_probs, _ = model(batch, torch.full((6,), batch.shape[1], device=device))
-                log_probs.square().mean().backward()
-            report[f"training, {name}"] = 60 / seconds(step)
-    rows = [[what, f"{speed:.0f}"] for what, speed in report.items()]
-    save_report(args, "benchmark", {"speech a second": report}, table(["what", "s / s"], rows))
+def transcribe(args):
+    """Print what is said in each file; with --plots, draw it too."""
+    recognizer, files, failed = load(args.asr, args), [], 0
+    for path in map(Path, args.audio):
+        below = [file for file in files_below(path) if file.suffix.lower() in AUDIO]
+        files += below if path.is_dir() else [path]
+    for number, path in enumerate(files):
+        try:
+            print(f"{path}: {recognizer.transcribe(path)}", flush=True)
+        except ValueError as error:
+            print(f"skipped: {error}")
+            failed += 1
+            continue
+        if args.plots:
+            plot_utterance(recognizer, path, Path(args.out) / f"{number:03d}-{path.stem}.png")
+    if failed == len(files):
+        raise ValueError(f"{', '.join(args.audio)}: no audio that can be read")
 
 
-# ---------------------------------------------------------------------------------------- pictures
-
-def figure(rows: int, height: float):
-    """-> matplotlib figure, list of axes; matplotlib is optional."""
+def matplotlib_figure():
+    """matplotlib's Figure; the library is optional."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("--plots needs pip install matplotlib")
-    fig = Figure(figsize=(9, rows * height), dpi=80, layout="constrained")
-    return fig, fig.subplots(rows, 1, squeeze=False)[:, 0]
+    return Figure
 
 
-def plot_utterance(recogniser: Recogniser, wav: Tensor, array: Tensor, path: Path):
+def plot_utterance(recognizer: Recognizer, audio: Path, path: Path):
     """Waveform, log-mel, and tokens with the text units read from them, under one time axis."""
-    fig, axes = figure(3, 2)
+    wav = read_audio(audio)
+    array = torch.from_numpy(recognizer.front_end()(wav))                   # (T, Q)
+    fig = matplotlib_figure()(figsize=(9, 6), dpi=80, layout="constrained")
+    axes = fig.subplots(3, 1, sharex=True)
     end = len(wav) / SAMPLE_RATE
     axes[0].plot(np.linspace(0, end, len(wav)), wav, linewidth=0.4)
     mel = LogMel(512, 160, 80)(wav[None])[0]
     axes[1].imshow(mel, origin="lower", aspect="auto", extent=(0, end, 0, 80))
-    axes[2].imshow(array.T.float(), aspect="auto", interpolation="nearest",
-                   cmap="nipy_spectral", extent=(0, end, array.shape[1], 0))
-    best = recogniser.log_probs(array)[0].argmax(1)                         # (T',)
+    axes[2].imshow(array.T.float(), aspect="auto", interpolation="nearest", cmap="viridis",
+                   extent=(0, end, array.shape[1] + 0.5, 0.5))
+    best = recognizer.log_probs(array)[0].argmax(1)                         # (T',)
     for t in range(1, len(best)):
         if best[t] and best[t] != best[t - 1]:
-            piece = recogniser.units.id_to_piece(int(best[t]))
+            piece = recognizer.units.id_to_piece(int(best[t]))
             axes[2].text((t + 0.5) / len(best), 1.03, piece, ha="center",
                          transform=axes[2].transAxes)
     for axis, label in zip(axes, ("waveform", "mel band", "codebook")):
@@ -445,105 +374,59 @@ def plot_utterance(recogniser: Recogniser, wav: Tensor, array: Tensor, path: Pat
     axes[2].set_xlabel("seconds")
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path)
-
-
-def plot_report(report: dict, out: Path):
-    """CER by epoch, by bits a second, by noise and by language, as far as the report has them."""
-    epochs, bits, noise, languages = {}, {}, {}, {}
-    for name, run in report.items():
-        epochs[name] = {row["epoch"]: 100 * row["dev_cer"] for row in run["log"]}
-        for summary in run["test"].values():
-            cer, label = 100 * summary["cer"], f"{name}, {summary['subset']}"
-            if summary["noise"]:
-                noise.setdefault(f"{label}, {summary['noise']}", {})[summary["snr"]] = cer
-                continue
-            if run["bitrate"]:
-                bits[label] = {run["bitrate"] / 1000: cer}
-            if "cer_by_language" in summary:
-                languages[label] = summary["cer_by_language"]
-    plot_curves(out / "epochs.png", epochs, "epoch", "dev CER %")
-    if bits:
-        plot_curves(out / "bits.png", bits, "kbit/s", "CER %")
-    if noise:
-        plot_curves(out / "noise.png", noise, "signal-to-noise ratio, dB", "CER %")
-    if languages:
-        plot_bars(languages, out / "languages.png")
-
-
-def plot_curves(path: Path, curves: dict[str, dict[float, float]], xlabel: str, ylabel: str):
-    """{label: {x: y}}."""
-    fig, (axis,) = figure(1, 3.2)
-    for label, points in curves.items():
-        axis.plot(points.keys(), points.values(), marker="o", label=label)
-    axis.set(xlabel=xlabel, ylabel=ylabel)
-    axis.legend()
-    fig.savefig(path)
-
-
-def plot_bars(values: dict[str, dict[str, float]], path: Path):
-    """Bars side by side, {label: {name: share}}: a name is a language, or a codebook."""
-    fig, (axis,) = figure(1, 3.2)
-    width = 0.8 / len(values)
-    names = [*dict.fromkeys(itertools.chain(*values.values()))]
-    for number, (label, shares) in enumerate(values.items()):
-        at = np.arange(len(names)) + width * number
-        axis.bar(at, [100 * shares.get(name, 0) for name in names], width, label=label)
-    axis.set_xticks(range(len(names)), names, fontsize=7, rotation=90)
-    axis.set_ylabel("%")
-    fig.legend(loc="outside upper right")  # above the axes, so that it hides no bar
-    fig.savefig(path)
+    print(f"wrote {path}")
 
 
 # -------------------------------------------------------------------------------------------- main
 
 def parse(arguments=None):
     parser = ArgumentParser(description=__doc__, formatter_class=HelpPage)
-    add = parser.add_argument
-    add("--asr", default="runs/asr/asr.pt", help="trained recogniser")
-    add("--tokens", help="folder of tokens; the one it was trained on unless given")
-    add("--codec", help="codec for --audio and --noise; the one of its tokens unless given")
+    parser.add_argument("--asr", default="runs/asr/asr.pt", help="a recognizer, or its folder")
+    add = parser.add_argument_group("what to recognize").add_argument
     add("--test", nargs="+", default=[], help="subsets to evaluate, if not those of the tokens")
+    add("--tokens", help="folder of tokens; the one it was trained on unless given")
+    add("--compare", nargs="+", default=[], metavar="RUN",
+        help="recognizers or their folders: one table of all, against the first")
     add("--noise", nargs="+", default=[],
         help="also evaluate in noise: white, pink, babble, or folders of audio")
     add("--snr", nargs="+", type=float, default=[20.0, 10.0, 0.0],
-        help="signal-to-noise ratios in dB, with --noise")
-    add("--audio", nargs="+", default=[], help="transcribe these files, then stop")
-    add("--lm", help="word language model in ARPA form, .gz or not: beam search; greedy without")
-    add("--beam", type=int, default=200, help="hypotheses kept, with --lm")
-    add("--lm-weight", type=float, default=2.0, help="of the language model, with --lm")
-    add("--word-score", type=float, default=0.0, help="added for every word, with --lm")
-    add("--compare", nargs="+", default=[], metavar="RUN_DIR",
-        help="folders with an asr.pt each: one table of all, against the first")
-    add("--content", action="store_true",
-        help="measure what each codebook reveals about text unit and speaker, also with --compare")
-    add("--benchmark", action="store_true", help="measure speed instead of accuracy")
-    add("--plots", action="store_true", help="also draw pictures (needs matplotlib)")
+        help="signal-to-noise ratios in dB")
+    add("--audio", nargs="+", default=[], help="transcribe these files and folders instead")
+    add("--codec", help="codec for --audio and --noise; the one of its tokens unless given")
+    add("--plots", action="store_true",
+        help="also draw each file of --audio, with its tokens and letters (needs matplotlib)")
+    add = parser.add_argument_group("beam search with a language model").add_argument
+    add("--lm", help="word language model in ARPA form, .gz or not; without, decoding is greedy")
+    add("--beam", type=int, default=200, help="hypotheses kept")
+    add("--lm-weight", type=float, default=3.0, help="weight of the language model")
+    add("--word-score", type=float, default=0.0, help="added for every word")
+    add("--prior-weight", type=float, default=0.5,
+        help="share of the units' log prior that is subtracted from their log-probabilities")
+    add = parser.add_argument_group("running").add_argument
     add("--seed", type=int, default=0, help="random seed for noise and bootstrap")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
     add("--out", default="runs/eval", help="folder to write")
+
     args = parser.parse_args(arguments)
-    scores = args.noise or args.compare and not args.content
-    if sum(map(bool, (args.audio, args.benchmark, args.content, scores))) > 1:
-        parser.error("one at a time: --audio, --benchmark, --content (also with --compare), "
-                     "--compare or --noise")
+    if args.audio:
+        refuse_idle(parser, args, "with --audio", "test", "tokens", "compare", "noise")
+    else:
+        refuse_idle(parser, args, "without --audio", "plots")
+    if not args.noise:
+        refuse_idle(parser, args, "without --noise", "snr")
+    if not args.noise and not args.audio:
+        refuse_idle(parser, args, "without --audio or --noise", "codec")
+    if not args.lm:
+        refuse_idle(parser, args, "without --lm", "beam", "lm_weight", "word_score",
+                    "prior_weight")
+    if args.compare:
+        refuse_idle(parser, args, "with --compare", "asr")
     return args
 
 
 def main(arguments=None):
     args = parse(arguments)
-    try:
-        if args.plots:
-            figure(1, 1)        # reports a missing matplotlib before the work starts
-        if args.audio:
-            transcribe(args)
-        elif args.content:
-            content(args)
-        elif args.benchmark:
-            benchmark(args)
-        else:
-            evaluate(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_stage(transcribe if args.audio else evaluate, args)
 
 
 if __name__ == "__main__":

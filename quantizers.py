@@ -1,16 +1,16 @@
 """The two quantizers: residual vector quantization (RVQ), grouped finite scalar quantization (FSQ).
 
 in   latent (B, D, T)     the encoder's description of each frame
-out  tokens (B, Q, T)     Q integers a frame, and the quantised latent that they stand for
+out  tokens (B, Q, T)     Q integers per frame, and the quantized latent that they stand for
 
 Legend: B utterances, D latent size, T token frames, Q codebooks, K codes in each, N = B * T frames,
 d numbers in a group of FSQ.
 
-Both keep one promise, on which the recogniser's embedding rests: `codebooks()` returns a tensor
-(Q, K, D), and the quantised latent of a frame is the SUM over q of row `tokens[q]` of codebook q.
+Both keep one promise, on which the recognizer's embedding rests: `codebooks()` returns a tensor
+(Q, K, D), and the quantized latent of a frame is the SUM over q of row `tokens[q]` of codebook q.
 
 RVQ: SoundStream, arXiv 2107.03312, section III-C.  FSQ: Mentzer et al., arXiv 2309.15505.
-Both as inputs of a speech recogniser: Dhawan et al., arXiv 2407.03495, section 2.
+Both as inputs of a speech recognizer: Dhawan et al., arXiv 2407.03495, section 2.
 """
 
 from math import prod
@@ -23,29 +23,15 @@ from torch import Tensor, nn
 
 
 class Quantized(NamedTuple):
-    latent: Tensor      # (B, D, T) quantised; gradients pass as if nothing had been rounded
+    latent: Tensor      # (B, D, T) quantized; gradients pass as if nothing had been rounded
     tokens: Tensor      # (B, Q, T) int64
     loss: Tensor        # () to be added to the codec's loss: commitment for RVQ, redundancy for FSQ
-
-
-def usage_and_perplexity(tokens: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
-    """How evenly the codes are used. tokens (B, Q, T) -> usage (Q,), perplexity (Q,).
-
-    Usage is the share of the K codes that occur. Perplexity is exp(entropy): K when all codes
-    occur equally often, 1 when only one does.
-    """
-    tokens = tokens.transpose(0, 1).flatten(1)                              # (Q, N)
-    counts = torch.zeros(len(tokens), codebook_size, device=tokens.device)
-    counts.scatter_add_(1, tokens, torch.ones_like(tokens, dtype=torch.float))
-    share = counts / counts.sum(1, keepdim=True)
-    entropy = torch.special.entr(share).sum(1)
-    return (counts > 0).float().mean(1), entropy.exp()
 
 
 # ------------------------------------------------------------------------------------------- RVQ
 
 class ResidualVQ(nn.Module):
-    """Each codebook quantises what the previous ones left over.
+    """Each codebook quantizes what the previous ones left over.
 
     The codebooks learn by exponential moving averages (EMA), not by gradients. The encoder learns
     from the decoder through a straight-through estimator, and from the commitment loss.
@@ -55,9 +41,10 @@ class ResidualVQ(nn.Module):
     # A code is dead when its use is below this share of uniform use. With decay 0.97, a code that
     # is no longer used falls below it after 53 steps; with the usual 0.99 and 0.03 after 350.
     dead_below = 0.2
-    # Share of the training utterances quantised with only the first n codebooks, n random, so that
+    # Share of the training utterances quantized with only the first n codebooks, n random, so that
     # the first n alone are a valid codec of a lower bitrate (SoundStream, section III-C).
     dropout = 0.5
+    learning = True     # False: the codebooks stay, while a decoder learns from their latent
 
     def __init__(self, dim: int = 128, num_codebooks: int = 8, codebook_size: int = 1024):
         super().__init__()
@@ -73,7 +60,7 @@ class ResidualVQ(nn.Module):
     def forward(self, latent: Tensor) -> Quantized:
         """latent (B, D, T) -> Quantized. In training, the codebooks learn from it.
 
-        Call `initialise` before training; zeros would have to be revived as dead codes.
+        Call `initialize` before training: a codebook of zeros would begin as dead codes.
         """
         batch, _, time = latent.shape
         frames = latent.float().transpose(1, 2).reshape(-1, self.dim)       # (N, D)
@@ -82,22 +69,22 @@ class ResidualVQ(nn.Module):
         # The residuals are detached, so that every level's commitment loss reaches the encoder.
         # Chained residuals cancel all but the first level's (encodec issue 25).
         residual = frames.detach()
-        quantised = torch.zeros_like(residual)
+        quantized = torch.zeros_like(residual)
         tokens, loss = [], 0.0
         for level in range(self.num_codebooks):
             index = nearest(residual, self.embed[level])                    # (N,)
             code = F.embedding(index, self.embed[level])                     # (N, D)
-            active = (level < depth).float()        # (N,) does this utterance use this level?
-            error = (frames - quantised - code).square().mean(1)            # (N,)
+            active = level < depth                  # (N,) does this utterance use this level?
+            error = (frames - quantized - code).square().mean(1)            # (N,)
             loss = loss + (error * active).sum() / active.sum().clamp(min=1)
-            if self.training:
+            if self.training and self.learning:
                 self.update(level, residual, index, active)
-            quantised = quantised + code * active[:, None]
+            quantized = quantized + code * active[:, None]
             residual = residual - code
             tokens.append(index.view(batch, time))
 
         # One straight-through on the sum: one per level would multiply the gradient by Q.
-        straight = frames + (quantised - frames).detach()
+        straight = frames + (quantized - frames).detach()
         straight = straight.view(batch, time, self.dim).transpose(1, 2)
         return Quantized(straight, torch.stack(tokens, 1), loss / self.num_codebooks)
 
@@ -114,8 +101,8 @@ class ResidualVQ(nn.Module):
 
     def decode(self, tokens: Tensor) -> Tensor:
         """tokens (B, n, T), n <= Q: the first n levels -> latent (B, D, T)."""
-        levels = [book[index] for book, index in zip(self.embed, tokens.unbind(1))]
-        return sum(levels).transpose(1, 2)
+        rows = [book[index] for book, index in zip(self.embed, tokens.unbind(1))]
+        return sum(rows).transpose(1, 2)
 
     def random_depth(self, batch: int, device: torch.device) -> Tensor:
         """How many codebooks each utterance uses: (B,)."""
@@ -124,7 +111,7 @@ class ResidualVQ(nn.Module):
         return torch.where(hit, fewer, self.num_codebooks)
 
     @torch.no_grad()
-    def initialise(self, frames: Tensor):
+    def initialize(self, frames: Tensor):
         """k-means on frames (N, D), one level at a time, each on what the previous levels left.
 
         Needs at least eight frames per code: from fewer, the deeper levels would start as copies
@@ -133,34 +120,32 @@ class ResidualVQ(nn.Module):
         residual = frames
         for level in range(self.num_codebooks):
             picked = torch.randint(len(residual), (self.codebook_size,), device=residual.device)
-            # A little noise separates centres that began on the same frame.
-            centres = residual[picked] + 0.01 * residual.std() * torch.randn_like(residual[picked])
+            # A little noise separates centers that began on the same frame.
+            centers = residual[picked]                                      # (K, D)
+            centers += 0.01 * residual.std() * torch.randn_like(centers)
             for _ in range(10):
-                index = nearest(residual, centres)
-                count, total = self.sums(residual, index, torch.ones_like(residual[:, 0]))
+                index = nearest(residual, centers)
+                count, total = self.sums(residual, index)
                 mean = total / count.clamp(min=1)[:, None]
-                centres = torch.where(count[:, None] > 0, mean, centres)
-            from_first_process(centres)
-            residual = residual - centres[nearest(residual, centres)]
-            self.embed[level] = self.ema_sum[level] = centres
+                centers = torch.where(count[:, None] > 0, mean, centers)
+            from_first_process(centers)
+            residual = residual - centers[nearest(residual, centers)]
+            self.embed[level] = self.ema_sum[level] = centers
             self.ema_count[level] = 1.0
 
-    def sums(self, frames: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Number and sum of the frames of each code.
-
-        frames (N, D), index (N,), weight (N,) -> (K,), (K, D).
-        """
-        count = frames.new_zeros(self.codebook_size).index_add_(0, index, weight)
+    def sums(self, frames: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Number and sum of the frames of each code: (N, D), (N,) -> (K,), (K, D)."""
+        count = torch.bincount(index, minlength=self.codebook_size).float()
         total = frames.new_zeros(self.codebook_size, self.dim)
-        return count, total.index_add_(0, index, frames * weight[:, None])
+        return count, total.index_add_(0, index, frames)
 
     @torch.no_grad()
     def update(self, level: int, residual: Tensor, index: Tensor, active: Tensor):
         """One EMA step of one codebook, then move its dead codes to where the data is.
 
-        residual (N, D); index (N,); active (N,), 1 for frames that count and 0 for the others.
+        residual (N, D); index (N,); active (N,), True for the frames that the codes learn from.
         """
-        count, total = self.sums(residual, index, active)
+        count, total = self.sums(residual[active], index[active])
         if dist.is_initialized():
             dist.all_reduce(count)
             dist.all_reduce(total)
@@ -170,19 +155,18 @@ class ResidualVQ(nn.Module):
         self.ema_count[level].lerp_(count / uniform, 1 - self.decay)
         self.ema_sum[level].lerp_(total / uniform, 1 - self.decay)
 
+        # Each dead code moves to a frame of its own, as far as there are enough, or a little
+        # beside it: of two codes in one place, one would die again.
         dead = self.ema_count[level] < self.dead_below                      # (K,)
-        # Dead codes move to different frames, as far as there are enough, and a little beside
-        # them: two codes in one place would share its frames, and one of them would die again.
-        order = (torch.rand_like(active) - active).argsort()                # active frames first
-        drawn = order[(dead.cumsum(0) - 1) % active.sum().long().clamp(min=1)]          # (K,)
-        moved = residual[drawn]                                             # (K, D)
-        moved = moved + 0.01 * residual.std() * torch.randn_like(moved)
+        frame = torch.randperm(len(residual), device=residual.device)
+        moved = residual[frame[dead.cumsum(0) % len(frame)]]                # (K, D)
+        moved += 0.01 * residual.std() * torch.randn_like(moved)
         from_first_process(moved)
         # Count and sum move with the code: otherwise this very step would pull it back to where
         # it was (espnet issue 6284).
-        self.ema_count[level] = torch.where(dead, 1.0, self.ema_count[level])
-        self.ema_sum[level] = torch.where(dead[:, None], moved, self.ema_sum[level])
-        self.embed[level] = self.ema_sum[level] / self.ema_count[level].clamp(min=1e-9)[:, None]
+        self.ema_count[level, dead] = 1.0
+        self.ema_sum[level, dead] = moved[dead]
+        self.embed[level] = self.ema_sum[level] / self.ema_count[level][:, None]
 
 
 def nearest(frames: Tensor, codebook: Tensor) -> Tensor:
@@ -193,7 +177,7 @@ def nearest(frames: Tensor, codebook: Tensor) -> Tensor:
     """
     half_norm = codebook.square().sum(1) / 2
     distance = torch.addmm(half_norm, frames, codebook.T, alpha=-1)         # (N, K)
-    return distance.min(1).indices
+    return distance.min(1).indices          # on a CPU, faster than argmin(1)
 
 
 def from_first_process(tensor: Tensor):
@@ -207,8 +191,8 @@ def from_first_process(tensor: Tensor):
 class GroupFSQ(nn.Module):
     """The latent is cut into groups of a few numbers, each rounded to one of a few levels.
 
-    Nothing is learnt, so no code can die. The codebook of a group is implicit: its K = prod(levels)
-    points. Always computed in float32: in bfloat16 half of the indices come out wrong.
+    Nothing is learned, so no code can die. The codebook of a group is implicit: its
+    K = prod(levels) points. Always computed in float32: in bfloat16 half of the indices come out wrong.
     """
 
     def __init__(self, num_groups: int = 8, levels: tuple[int, ...] = (8, 5, 5, 5)):
@@ -217,16 +201,15 @@ class GroupFSQ(nn.Module):
         self.dim = num_groups * len(levels)
         sizes = torch.tensor(levels)
         # Index of a code in mixed radix: a digit counts the product of the levels before it.
-        basis = torch.cat([torch.ones(1, dtype=torch.long), sizes.cumprod(0)[:-1]])
+        self.register_buffer("basis", sizes.cumprod(0) // sizes, persistent=False)
         self.register_buffer("levels", sizes, persistent=False)
-        self.register_buffer("basis", basis, persistent=False)
 
     def forward(self, latent: Tensor) -> Quantized:
         """latent (B, D, T) -> Quantized."""
         soft = self.digits(latent)                                          # (B, T, Q, d)
         hard = soft + (soft.round() - soft).detach()        # straight-through, with tanh's gradient
         tokens = self.index(soft)
-        # At 3.0, the mel distance is lower, but a recogniser reads the tokens less well.
+        # At 3.0, the mel distance is lower, but a recognizer reads the tokens less well.
         return Quantized(self.values(hard), tokens, 0.1 * redundancy(latent.float()))
 
     def encode(self, latent: Tensor) -> Tensor:
@@ -242,8 +225,8 @@ class GroupFSQ(nn.Module):
         """(Q, K, D): each group's points in its own slice of D, zeros elsewhere."""
         codes = torch.arange(self.codebook_size, device=self.basis.device)
         points = self.values(self.unpack(codes[None, :, None]))[0].T        # (K, d)
-        return torch.stack([F.pad(points, (left, self.dim - left - points.shape[1]))
-                            for left in range(0, self.dim, points.shape[1])])
+        groups = torch.eye(self.num_codebooks, device=points.device)
+        return torch.kron(groups, points).view(len(groups), -1, self.dim)
 
     def digits(self, latent: Tensor) -> Tensor:
         """(B, D, T) -> (B, T, Q, d): numbers in 0 .. levels - 1, not yet rounded.
@@ -273,10 +256,25 @@ class GroupFSQ(nn.Module):
 def redundancy(latent: Tensor) -> Tensor:
     """Mean squared correlation between different dimensions of the latent: (B, D, T) -> ().
 
-    Left alone, FSQ's groups become redundant: 8 of 32 dimensions carried most of the
+    Left alone, FSQ's groups become redundant: 8 of 32 principal components held most of the
     variance. No published recipe that we know of has this term.
     """
     covariance = torch.cov(latent.transpose(0, 1).flatten(1), correction=0)         # (D, D)
     scale = covariance.diagonal().clamp(min=1e-6).rsqrt()
     correlation = covariance * scale * scale[:, None]
     return correlation.fill_diagonal_(0).square().mean()
+
+
+# ----------------------------------------------------------------------------------------- usage
+
+def usage_and_perplexity(tokens: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
+    """How evenly the codes are used. tokens (B, Q, T) -> usage (Q,), perplexity (Q,).
+
+    Usage is the share of the K codes that occur. Perplexity is exp(entropy): K when all codes
+    occur equally often, 1 when only one does.
+    """
+    counts = torch.stack([torch.bincount(level.flatten(), minlength=codebook_size)
+                          for level in tokens.unbind(1)])                   # (Q, K)
+    share = counts / counts.sum(1, keepdim=True)
+    entropy = torch.special.entr(share).sum(1)
+    return (counts > 0).float().mean(1), entropy.exp()

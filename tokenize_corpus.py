@@ -2,24 +2,28 @@
 
 in   a corpus with transcripts, and runs/codec/codec.pt
 out  runs/tokens/meta.json              which codec, hop, sample rate, Q, K, D, subsets
-     runs/tokens/codebooks.npy          (Q, K, D) float32: the recogniser's embedding starts here
+     runs/tokens/codebooks.npy          (Q, K, D) float32: the recognizer's embedding starts here
      runs/tokens/<subset>.jsonl         one row per utterance: id, text, lang, speaker, ...
      runs/tokens/<subset>/<id>.npy      tokens (T, Q) int16
      runs/tokens/<subset>.skipped.txt   what could not be used, and why
 
     python tokenize_corpus.py                                     # after codec.py
     python tokenize_corpus.py --features mel --out runs/mel       # the log-mel baseline
+    python tokenize_corpus.py --corpus my-corpus --codec runs/mine/codec.pt --out runs/mine/tokens
+
+my-corpus holds subsets train, dev and test in one of three layouts: LibriSpeech's folders;
+manifests such as train.jsonl, with a line {"audio_filepath": "a.wav", "text": "GUTEN TAG"} for each
+file, and perhaps "lang" and "speaker" in it; or ML-SUPERB's <dataset>/<lang>/transcript_train.txt.
+Test subsets alone are enough for evaluate.py. The same command continues an interrupted run.
 
 Legend: S samples, T token frames, Q codebooks, K codes, D feature size.
-Dhawan et al., arXiv 2407.03495, section 3: the recogniser never sees audio, only these files.
+Dhawan et al., arXiv 2407.03495, section 3: the recognizer never sees audio, only these files.
 """
 
-import io
 import json
 import math
 import os
 import re
-import sys
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from functools import partial
@@ -36,9 +40,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from codec import (SAMPLE_RATE, Codec, HelpPage, LogMel, find_audio, find_subsets,
-                   mel_window, read_audio, read_lines, read_manifest, start_processes,
-                   write_atomically)
+from codec import (SAMPLE_RATE, Codec, HelpPage, LogMel, files_below, find_audio, find_subsets,
+                   mel_window, read_audio, read_lines, read_manifest, refuse_idle,
+                   run_stage, save_skipped, start_processes, write_atomically)
 
 
 class Utterance(NamedTuple):
@@ -65,12 +69,14 @@ def read_subset(folders: list[Path], subset: str) -> tuple[list[Utterance], list
             found = read_ml_superb(folder, subset, skipped)
         else:
             found = read_librispeech(folder, subset, skipped)
-        for item in found:
+        for item in tqdm(found, f"reading {subset}", leave=False, disable=None):
             try:
                 if not item.text or "\ufffd" in item.text:
                     raise ValueError("its transcript is empty, or not UTF-8")
                 if item.id in kept:
                     raise ValueError(f"{kept[item.id].audio} has the same id")
+                if not item.audio.exists():
+                    raise ValueError("no such file")
                 seconds = sf.info(item.audio).duration
                 if 0 < item.duration < 0.8 * seconds:
                     raise ValueError(f"its row is a piece of {seconds:.1f} s: cut it out first")
@@ -83,8 +89,8 @@ def read_subset(folders: list[Path], subset: str) -> tuple[list[Utterance], list
 def read_librispeech(folder: Path, subset: str, skipped: list[str]) -> Iterator[Utterance]:
     """speaker/chapter/*.trans.txt, whose lines are an id and its words, beside the audio files."""
     audio = {(path.parent, path.stem): path for path in find_audio(folder, subset)}
-    for path in sorted((folder / subset).rglob("*.trans.txt")):
-        for name, *words in read_lines(path):
+    for path in files_below(folder / subset):
+        for name, *words in read_lines(path) if path.name.endswith(".trans.txt") else []:
             if (path.parent, name) in audio:
                 file = audio.pop((path.parent, name))
                 yield Utterance(name, " ".join(words), "", name.split("-")[0], file)
@@ -99,13 +105,16 @@ def read_rows(manifest: Path, skipped: list[str]) -> Iterator[Utterance]:
     skipped += problems
     for row in rows:
         audio = Path(row["audio_filepath"])
-        # The id becomes a file name: it must be short, and cannot lead out of --out.
-        name = re.sub(r"[^\w-]+", "-", str(audio.with_suffix("")))[-60:].strip("-")
-        text, lang, speaker = (str(row.get(key) or "") for key in ("text", "lang", "speaker"))
-        # A row with an offset is a piece of a file: a tiny duration makes read_subset refuse it.
-        seconds = 1e-9 if row.get("offset") else row.get("duration") or 0
-        yield Utterance(name, " ".join(text.split()), lang, speaker, manifest.parent / audio,
-                        seconds)
+        if row.get("offset"):
+            skipped.append(f"{manifest.parent / audio}: its row is a piece of it: cut it out first")
+        elif "text" not in row:
+            skipped.append(f"{manifest}: {audio} has {', '.join(row)}, but no text")
+        else:
+            # The id becomes a file name: it must be short, and cannot lead out of --out.
+            name = re.sub(r"[^\w-]+", "-", os.path.splitext(audio)[0])[-60:].strip("-")
+            text, lang, speaker = (str(row.get(key) or "") for key in ("text", "lang", "speaker"))
+            yield Utterance(name, " ".join(text.split()), lang, speaker, manifest.parent / audio,
+                            row.get("duration") or 0)
 
 
 def read_ml_superb(folder: Path, subset: str, skipped: list[str]) -> Iterator[Utterance]:
@@ -196,8 +205,6 @@ class Encodec:
         self.model = model.to(device).eval()
         self.sample_rate, self.bitrate, self.fingerprint = model.sample_rate, 6000, "encodec-24khz"
         self.hop = math.prod(model.encoder.ratios)
-        self.quantizer = self           # its sizes and codebooks() are found where Codec has them
-        self.num_codebooks, self.codebook_size, self.dim = self.codebooks().shape
 
     def codebooks(self) -> Tensor:
         return torch.stack([layer._codebook.embed for layer in self.model.quantizer.vq.layers[:8]])
@@ -209,7 +216,7 @@ class Encodec:
 
 
 class FrontEnd:
-    """Turns audio into the recogniser's input: a codec's tokens, its latent, or log-mel."""
+    """Turns audio into the recognizer's input: a codec's tokens, its latent, or log-mel."""
 
     def __init__(self, features: str, codec_path: str | Path, hop: int, device: str):
         """features: tokens, latent or mel; hop of log-mel: a codec has its own."""
@@ -222,13 +229,13 @@ class FrontEnd:
             return
         own = Path(codec_path).name != "encodec"        # which meta.json holds as a path, too
         codec = Codec.load(codec_path, device) if own else Encodec(device)
-        self.quantizer = codec.quantizer
         self.encode = codec.encode if features == "tokens" else codec.latent
+        self.codebooks = codec.codebooks().cpu().numpy()                    # (Q, K, D)
+        number, size, dim = self.codebooks.shape
         self.meta |= {"codec": codec.fingerprint, "sample_rate": codec.sample_rate,
-                      "hop": codec.hop, "dim": self.quantizer.dim}
+                      "hop": codec.hop, "dim": dim}
         if features == "tokens":
-            self.meta |= {"codebooks": self.quantizer.num_codebooks, "bitrate": codec.bitrate,
-                          "codebook_size": self.quantizer.codebook_size}
+            self.meta |= {"codebooks": number, "codebook_size": size, "bitrate": codec.bitrate}
 
     @torch.inference_mode()
     def __call__(self, wav: Tensor) -> np.ndarray:
@@ -258,41 +265,26 @@ def with_copies(utterances: list[Utterance], args) -> list[Utterance]:
         for speed in args.speeds:
             copies.append(item._replace(id=f"{item.id}-speed{speed:g}", copy_of=item.id,
                                         speed=speed, duration=item.duration / speed))
-        for number in range(args.copies * bool(args.noise)):
+        for number in range(args.copies if args.noise else 0):
             copies.append(item._replace(id=f"{item.id}-noise{number}", copy_of=item.id, noisy=True))
     return utterances + copies
 
 
-def tokenize(args):
-    device, rank, world = start_processes(args.device)
-    out = Path(args.out)
-    corpus = find_subsets(args.corpus, train=args.train, dev=args.dev, test=args.test)
-    front_end = FrontEnd(args.features, args.codec, args.hop, str(device))
-    meta = front_end.meta | {role: list(subsets) for role, subsets in corpus.items()} | {
-        "codec_path": os.path.relpath(args.codec, out),     # the folders can move together
-        "corpus": args.corpus, "noise": args.noise, "snr": args.snr, "seed": args.seed}
-    check_same_tokens(out / "meta.json", meta)
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / "meta.json", json.dumps(meta, indent=1).encode())
-        if args.features == "tokens":
-            save_array(out / "codebooks.npy", front_end.quantizer.codebooks().cpu().numpy())
+def check_folder(out: Path, meta: dict):
+    """Tokens of two codecs or corpora, or copies in two kinds of noise, do not share a folder."""
+    if not (out / "meta.json").exists() or not any(out.glob("*/*.npy")):
+        return
+    before = json.loads((out / "meta.json").read_text("utf-8"))
+    for name in ("features", "codec", "hop", "corpus", "noise", "snr", "seed"):
+        if before[name] != meta[name]:
+            raise ValueError(f"{out} holds tokens with {name} {before[name]}, not {meta[name]}: "
+                             f"give another --out, or delete it")
 
-    for role, subsets in corpus.items():
-        for subset, folders in subsets.items():
-            if Path(subset).name != subset:             # or its arrays would land outside --out
-                raise ValueError(f"--{role} {subset}: not the name of a subset; name its --corpus")
-            utterances, skipped = read_subset(folders, subset)
-            noise = Noise(args.noise, args.snr, utterances, args.seed)
-            if subset in corpus["train"]:
-                utterances = with_copies(utterances, args)
-            encode(front_end, utterances[rank::world], noise, out / subset, args.workers)
-            if world > 1:
-                dist.barrier()
-            if rank == 0:
-                write_rows(out, subset, utterances, skipped)
-    if rank == 0:
-        print(f"wrote {out}; next: python train_asr.py --tokens {out}")
+
+def save_array(path: Path, array: np.ndarray):
+    temporary = path.with_name(f".part-{path.name}")
+    np.save(temporary, array)
+    os.replace(temporary, path)
 
 
 def encode(front_end: FrontEnd, utterances: list[Utterance], noise: Noise, folder: Path,
@@ -309,12 +301,6 @@ def encode(front_end: FrontEnd, utterances: list[Utterance], noise: Noise, folde
             save_array(folder / f"{item.id}.npy", front_end(wav))
 
 
-def save_array(path: Path, array: np.ndarray):
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    write_atomically(path, buffer.getvalue())
-
-
 def write_rows(out: Path, subset: str, utterances: list[Utterance], skipped: list[str]):
     """Write <subset>.jsonl and <subset>.skipped.txt, and say what is in them."""
     lines, seconds = [], 0.0
@@ -328,69 +314,96 @@ def write_rows(out: Path, subset: str, utterances: list[Utterance], skipped: lis
             "frames": len(np.load(array, mmap_mode="r")), "array": f"{subset}/{array.name}"}
         lines.append(json.dumps(row) + "\n")
         seconds += item.duration
-    write_atomically(out / f"{subset}.skipped.txt", "".join(f"{s}\n" for s in skipped).encode())
     print(f"{subset}: {len(lines)} utterances, {seconds / 3600:.2f} hours")
-    if skipped:
-        print(f"  {len(skipped)} skipped, named in {out / subset}.skipped.txt: {skipped[0]}")
+    save_skipped(out / f"{subset}.skipped.txt", skipped)
     if not lines:
         raise ValueError(f"{subset}: nothing that can be used; see {out / subset}.skipped.txt")
     write_atomically(out / f"{subset}.jsonl", "".join(lines).encode())
 
 
-def check_same_tokens(path: Path, meta: dict):
-    """Tokens of two codecs or corpora, or copies in two kinds of noise, do not share a folder."""
-    if not path.exists():
-        return
-    before = json.loads(path.read_text("utf-8"))
-    for name in ("features", "codec", "hop", "corpus", "noise", "snr", "seed"):
-        if before[name] != meta[name]:
-            raise ValueError(f"{path.parent} holds tokens with {name} {before[name]}, not "
-                             f"{meta[name]}: give another --out, or delete it")
+def tokenize(args):
+    device, rank, world = start_processes(args.device)
+    out = Path(args.out)
+    corpus = find_subsets(args.corpus, train=args.train, dev=args.dev, test=args.test)
+    if corpus["train"] and not corpus["dev"]:
+        raise ValueError(f"{', '.join(args.corpus)}: train_asr.py needs a dev subset beside "
+                         f"{', '.join(corpus['train'])}; name one with --dev")
+    front_end = FrontEnd(args.features, args.codec, args.hop, str(device))
+    meta = front_end.meta | {role: list(subsets) for role, subsets in corpus.items()} | {
+        "codec_path": os.path.relpath(args.codec, out),     # the folders can move together
+        "corpus": args.corpus, "noise": args.noise, "snr": args.snr, "seed": args.seed}
+    check_folder(out, meta)
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "meta.json", json.dumps(meta, indent=1).encode())
+        if args.features == "tokens":
+            save_array(out / "codebooks.npy", front_end.codebooks)
+
+    for role, subsets in corpus.items():
+        for subset, folders in subsets.items():
+            if Path(subset).name != subset:             # or its arrays would land outside --out
+                raise ValueError(f"--{role} {subset}: not the name of a subset; name its --corpus")
+            utterances, skipped = read_subset(folders, subset)
+            noise = Noise(args.noise, args.snr, utterances, args.seed)
+            if subset in corpus["train"]:
+                utterances = with_copies(utterances, args)
+            encode(front_end, utterances[rank::world], noise, out / subset, args.workers)
+            if world > 1:
+                dist.barrier()
+            if rank == 0:
+                write_rows(out, subset, utterances, skipped)
+    if rank == 0:
+        to_train = f"train_asr.py --tokens {out} --out {out.parent / 'asr'}"
+        print(f"wrote {out}; next: python "
+              + (to_train if corpus["train"] else f"evaluate.py --asr ... --tokens {out}"))
 
 
 # -------------------------------------------------------------------------------------------- main
 
 def parse(arguments=None):
     parser = ArgumentParser(description=__doc__, formatter_class=HelpPage)
-    add = parser.add_argument
+    add = parser.add_argument_group("speech").add_argument
     add("--corpus", nargs="+", default=["synthetic"],
         help="synthetic, mini-librispeech, librispeech, or folders, read as one corpus")
     add("--train", nargs="+", default=[], help="subsets to train on, if not the usual ones")
-    add("--dev", nargs="+", default=[], help="subsets to choose the best epoch on, likewise")
+    add("--dev", nargs="+", default=[], help="subsets to watch training on, likewise")
     add("--test", nargs="+", default=[], help="subsets to evaluate on, likewise")
+    add = parser.add_argument_group("input of the recognizer").add_argument
     add("--codec", default="runs/codec/codec.pt", help="a trained codec, or encodec")
     add("--features", choices=("tokens", "latent", "mel"), default="tokens",
         help="tokens, or what they are compared with: the codec's latent, log-mel")
     add("--hop", type=int, default=400,
-        help="samples a frame of --features mel: 400 = 40 Hz as the tokens, 160 = the usual 10 ms")
+        help="samples per frame of log-mel: 400 = 40 Hz, as the tokens; 160 = the usual 10 ms")
+    add = parser.add_argument_group("copies of the train subsets").add_argument
     add("--speeds", nargs="+", type=float, default=[],
-        help="also copies of the train subsets at these speeds, such as 0.9 1.1")
+        help="copies at these speeds, such as 0.9 1.1")
     add("--noise", nargs="+", default=[],
-        help="also noisy copies of the train subsets: white, pink, babble, or folders of audio")
+        help="copies in noise: white, pink, babble, or folders of audio")
     add("--snr", nargs=2, type=float, metavar=("LOW", "HIGH"), default=[0.0, 20.0],
-        help="range of the noisy copies' signal-to-noise ratio in dB")
-    add("--copies", type=int, default=1, help="noisy copies of each utterance, with --noise")
+        help="range of their signal-to-noise ratio in dB")
+    add("--copies", type=int, default=1, help="copies in noise of each utterance")
+    add = parser.add_argument_group("running").add_argument
     add("--workers", type=int, default=1, help="processes that read audio while the codec works")
-    add("--seed", type=int, default=0, help="random seed for the noise")
+    add("--seed", type=int, default=0, help="random seed of the noise")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
     add("--out", default="runs/tokens", help="folder to write")
-    args = parser.parse_args(arguments)
 
+    args = parser.parse_args(arguments)
+    if args.features == "mel":
+        refuse_idle(parser, args, "with --features mel", "codec")
+    else:
+        refuse_idle(parser, args, "without --features mel", "hop")
+    if not args.noise:
+        refuse_idle(parser, args, "without --noise", "snr", "copies")
     if args.codec == "encodec" and args.features == "latent":
         parser.error("--features latent needs a codec of ours, not encodec")
-    if args.hop < 1 or not all(0.1 <= speed <= 10 for speed in args.speeds):
-        parser.error("--hop must be above 0, --speeds between 0.1 and 10")
+    if min(args.hop, args.copies) < 1 or not all(0.1 <= speed <= 10 for speed in args.speeds):
+        parser.error("--hop and --copies must be above 0, --speeds between 0.1 and 10")
     return args
 
 
 def main(arguments=None):
-    args = parse(arguments)
-    try:
-        tokenize(args)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_stage(tokenize, parse(arguments))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,20 @@
 """Stage 3: train a CTC Conformer on token files.
 
 in   runs/tokens/               written by tokenize_corpus.py
-out  runs/asr/asr.pt            weights (best epoch on dev), flags, text units; training resumes
+out  runs/asr/asr.pt            the recognizer, in half precision: all that evaluate.py needs
+     runs/asr/resume.pt         the state of training; the same command continues from it
      runs/asr/log.jsonl         one row per epoch
 
     python train_asr.py                                           # synthetic speech, a few minutes
-    python train_asr.py --tokens runs/mini/tokens --size small --out runs/mini/asr
+    python train_asr.py --tokens runs/mine/tokens --size small --epochs 30 --out runs/mine/asr
+
+The log lines: `loss` is the CTC loss in nats per text unit, averaged over the epoch; `dev CER` and
+`dev WER` are error rates of greedy decoding; `dropped` counts training utterances that CTC cannot
+align, or that last more than a minute.
 
 Legend: B utterances, T token frames, T' output frames, Q codebooks, D feature size, V text units.
-Dhawan et al., arXiv 2407.03495, section 3. The codec is not imported: everything that training
-needs from it is in the token folder.
+Dhawan et al., arXiv 2407.03495, section 3. Everything that training needs from the codec is in the
+token folder; from codec.py come only the helpers for files, devices and flags.
 """
 
 import io
@@ -17,10 +22,8 @@ import json
 import math
 import os
 import re
-import sys
 import time
-from argparse import (ArgumentDefaultsHelpFormatter, ArgumentParser,
-                      RawDescriptionHelpFormatter)
+from argparse import ArgumentParser
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -33,10 +36,11 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from asr_model import SIZES, Augment, CodecASR
+from codec import (HelpPage, check_same_flags, in_half, load_checkpoint, refuse_idle, run_stage,
+                   save_checkpoint, save_log, start_processes)
 
 NOISY_SHARE = 0.5       # of the utterances, where the tokens include noisy copies
 LONGEST = 60.0          # seconds of an utterance: the memory of attention grows with its square
@@ -51,6 +55,8 @@ def train_units(rows: list[dict], args) -> bytes:
     CTC blank.
     """
     languages = sorted({row["lang"] for row in rows}) if args.lang_token else []
+    if "" in languages:
+        raise ValueError(f"--lang-token: {args.tokens} has utterances without a language")
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
@@ -102,13 +108,13 @@ class TokenSet:
             path = Path(folder) / f"{subset}.jsonl"
             if not path.is_file():
                 raise ValueError(f"{path}: no such file; run tokenize_corpus.py to its end")
-            for row in map(json.loads, open(path, encoding="utf-8")):
+            lines = path.read_text("utf-8").splitlines()
+            for line in tqdm(lines, f"reading {subset}", leave=False, disable=None):
+                row = json.loads(line)
                 if copies or not row["copy_of"]:
                     array = np.load(Path(folder) / row["array"], allow_pickle=False)
                     self.rows.append(row)
                     self.arrays.append(torch.from_numpy(array[:, :codebooks or None]))
-        if not self.rows:
-            raise ValueError(f"{folder}: no dev subset; name one with --dev to tokenize_corpus.py")
 
     def take(self, group: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
         """Utterance numbers, B of them -> tokens (B, T, Q), token_len (B,)."""
@@ -119,7 +125,7 @@ class TokenSet:
     def batches(self, which: Sequence, frames: int, rng=None) -> list[list[int]]:
         """Groups of like length, of at most `frames` padded frames; with rng in random order."""
         lengths = np.array([len(self.arrays[i]) for i in which])
-        spread = rng.uniform(1, 1.1, len(lengths)) if rng else 1.0      # new neighbours every epoch
+        spread = rng.uniform(1, 1.1, len(lengths)) if rng else 1.0      # new neighbors every epoch
         groups, longest = [[]], 0
         for number in np.argsort(lengths * spread, kind="stable"):
             longest = max(longest, lengths[number])
@@ -137,6 +143,8 @@ class TrainSet(TokenSet):
 
     def __init__(self, args, meta: dict, units: bytes | None = None):
         """units: the sentencepiece model of a run that resumes."""
+        if not meta["train"]:
+            raise ValueError(f"{args.tokens}: no train subset; give tokenize_corpus.py a --train")
         super().__init__(args.tokens, meta["train"], args.codebooks, copies=True)
         self.seed = args.seed
         self.frames = round(args.batch * meta["sample_rate"] / meta["hop"])     # of a batch
@@ -180,13 +188,11 @@ def transcript(row: dict, lang_token: bool) -> str:
     return f"<|{row['lang']}|> {row['text']}" if lang_token else row["text"]
 
 
-# -------------------------------------------------------------------------------------- optimiser
+# -------------------------------------------------------------------------------------- optimizer
 
-def make_optimisers(model: CodecASR, args) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: CodecASR, args) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for the rest; each group of parameters keeps its
     peak learning rate as `peak`."""
-    # Tables that start as codebooks generalise better when they change slowly.
-    table_lr = args.lr if args.embedding == "random" else 0.1 * args.lr
     matrices, tables, others = [], [], []
     for name, parameter in model.named_parameters():
         if name == "embedding.tables":
@@ -195,7 +201,8 @@ def make_optimisers(model: CodecASR, args) -> list[torch.optim.Optimizer]:
             matrices.append(parameter)
         else:
             others.append(parameter)
-    groups = [{"params": others, "peak": args.lr}, {"params": tables, "peak": table_lr}]
+    # Tables that start as codebooks generalize better when they change slowly.
+    groups = [{"params": others, "peak": args.lr}, {"params": tables, "peak": 0.1 * args.lr}]
     return [Muon(matrices, 2.5 * args.lr),
             torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)]
 
@@ -241,47 +248,164 @@ def orthogonal(y: Tensor) -> Tensor:
     return y
 
 
+# ------------------------------------------------------------------------------------------ model
+
+def build_model(flags: dict, meta: dict, vocab_size: int) -> CodecASR:
+    """The model that these flags name, with random weights."""
+    codebooks = flags["codebooks"] or meta["codebooks"]
+    if codebooks > meta["codebooks"]:
+        raise ValueError(f"--codebooks {codebooks}: the tokens have {meta['codebooks']}")
+    return CodecASR(vocab_size, codebooks, meta["codebook_size"], meta["dim"], flags["aggregate"],
+                    flags["size"], flags["subsampling"])
+
+
+def start_model(args, meta: dict, data: TrainSet) -> CodecASR:
+    """A new model, the same in all processes, its tables as --embedding says."""
+    torch.manual_seed(args.seed)
+    model, tables = build_model(vars(args), meta, len(data.units)), None
+    if meta["codebooks"]:
+        tables = torch.from_numpy(np.load(Path(args.tokens) / "codebooks.npy", allow_pickle=False))
+        if args.embedding == "random":      # each codebook keeps its mean and deviation
+            noise = torch.randn_like(tables)
+            tables = tables.mean(1, keepdim=True) + tables.std(1, keepdim=True) * noise
+        model.embedding.tables.requires_grad_(args.embedding != "frozen")
+    some = torch.randint(len(data.arrays), (500,))
+    model.start_from(tables, torch.cat([data.arrays[i] for i in some]))
+    model.augment = Augment(args.time_masks, 0.2 * meta["sample_rate"] / meta["hop"],
+                            args.codebook_masks, args.feature_masks, args.replace,
+                            args.noisy_embedding)
+    return model
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware computes in it."""
+    cpu = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if cpu or cuda else torch.float32
+
+
+def ctc_loss(net: nn.Module, data: TrainSet, group: list[int], device: torch.device) -> Tensor:
+    """Nats, summed over the utterances of the group."""
+    tokens, token_len = data.take(group, device)
+    targets, dtype = [data.targets[i] for i in group], fast_dtype(device)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        log_probs, _ = net(tokens, token_len)                               # (B, T', V)
+    if device.type == "mps":                        # for which torch has no CTC
+        log_probs = log_probs.cpu()
+    # The lengths stay on the CPU: fetched from a GPU, they would make each step wait for it.
+    out_len = torch.tensor([data.out_len[i] for i in group])
+    target_len = torch.tensor([len(target) for target in targets])
+    return F.ctc_loss(log_probs.transpose(0, 1), torch.cat(targets).to(log_probs.device),
+                      out_len, target_len, reduction="sum")
+
+
+@torch.inference_mode()
+def dev_error_rates(model: CodecASR, dev: TokenSet, units, frames: int, device) -> dict:
+    """WER and CER of greedy decoding; language tokens do not count as text."""
+    model.eval()
+    refs, hyps = [], []
+    for group in dev.batches(range(len(dev.rows)), 2 * frames):
+        found = greedy(units, *model(*dev.take(group, device)))
+        hyps += [split_language(hyp)[1] for hyp in found]
+        refs += [dev.rows[i]["text"] for i in group]
+    model.train()
+    return {"dev_wer": jiwer.wer(refs, hyps), "dev_cer": jiwer.cer(refs, hyps)}
+
+
+@torch.inference_mode()
+def unit_prior(model: CodecASR, data: TrainSet, device) -> Tensor:
+    """Log of the mean probability of each unit on 100 training utterances: (V,).
+
+    CTC's posteriors contain it, above all that of the blank; a beam search divides by it, as its
+    language model knows how frequent words are.
+    """
+    model.eval()
+    total, frames = 0.0, 0
+    for i in np.random.default_rng(0).permutation(len(data.rows))[:100]:
+        log_probs, out_len = model(*data.take([i], device))                 # (1, T', V)
+        total, frames = total + log_probs.exp().sum((0, 1)), frames + int(out_len)
+    model.train()
+    return (total / frames).log().cpu()
+
+
 # --------------------------------------------------------------------------------------- training
+
+def learning_rate(step: int, progress: float, warmup: float) -> float:
+    """Share of the peak rate: a warm-up, under half a cosine from 1 down to 0.
+
+    progress: share of the training that is done, 0 to 1. A warm-up of less than 1,000 steps can
+    leave CTC where it starts, predicting nothing but blanks.
+    """
+    decay = 0.5 + 0.5 * math.cos(math.pi * progress)
+    if step < warmup:
+        return decay * (step + 1) / warmup
+    return decay
+
+
+def ramp(step: int, args) -> float:
+    """The curriculum: 0 at the first step, 1 from --curriculum on."""
+    return min(1.0, step / args.curriculum) if args.curriculum else 1.0
+
+
+def check_same_tokens(path: str | Path, trained: dict, tokens: str | Path, found: dict, more=()):
+    """A recognizer reads only what it was trained on: the same features of the same codec."""
+    for name in ("features", "codec", "hop", "codebooks", *more):
+        if trained[name] != found[name]:
+            raise ValueError(f"{path} was trained on {name} {trained[name]}, but {tokens} holds "
+                             f"{found[name]}: give its own tokens or codec, or another run")
+
+
+def resume(path: Path, args, meta: dict) -> dict | None:
+    """The state of a run that began with the same flags and tokens; --epochs may grow."""
+    if not path.exists():
+        return None
+    saved = load_checkpoint(path, "asr")
+    free = ["device", "out", "tokens"] + ["epochs"] * (args.epochs > saved["flags"]["epochs"])
+    check_same_flags(path, saved["flags"], args, free)
+    names = ["corpus", "train", "dev", "noise", "snr", "seed"]
+    check_same_tokens(path, saved["meta"], args.tokens, meta, names)
+    return saved
+
 
 def train(args):
     device, rank, world = start_processes(args.device)
-    meta, path = read_meta(args.tokens), Path(args.out) / "asr.pt"
+    meta, out = read_meta(args.tokens), Path(args.out)
+    if not meta["codebooks"]:
+        for name in ("embedding", "aggregate", "codebooks", "codebook_masks", "replace"):
+            if getattr(args, name) != getattr(parse([]), name):
+                raise ValueError(f"--{name.replace('_', '-')} has no effect on {meta['features']}")
     # The checkpoint names its codec relative to itself.
-    meta["codec_path"] = os.path.relpath(Path(args.tokens) / meta["codec_path"], args.out)
-    saved = load_checkpoint(path) if path.exists() else None
-    if saved:
-        check_same_run(path, saved, args, meta)
+    meta["codec_path"] = os.path.relpath(Path(args.tokens) / meta["codec_path"], out)
+    saved = resume(out / "resume.pt", args, meta)
     data = TrainSet(args, meta, saved["text"] if saved else None)
     dev = TokenSet(args.tokens, meta["dev"], args.codebooks)
     model = start_model(args, meta, data).to(device)
-    optimisers = make_optimisers(model, args)
-
-    state = saved or {"kind": "asr", "text": data.units.serialized_model_proto(),
-                      "epoch": 0, "step": 0, "best": math.inf, "log": []}
+    optimizers = make_optimizers(model, args)
+    first, step, log = 0, 0, []
     if saved:
-        model.load_state_dict(saved["last"])
-        for optimiser, values in zip(optimisers, saved["optimisers"]):
-            optimiser.load_state_dict(values)
-    state |= {"flags": vars(args), "meta": meta}
+        first, step, log = saved["epoch"], saved["step"], saved["log"]
+        model.load_state_dict(saved["model"])
+        for optimizer, values in zip(optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(values)
     net = DistributedDataParallel(model) if world > 1 else model
-    dtype = fast_dtype(device)
     if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"recogniser: {parameters:.1f} M parameters, {len(data.units)} {args.units} units; "
+        print(f"recognizer: {parameters:.1f} M parameters, {len(data.units)} {args.units} units; "
               f"{len(data.variants)} utterances, {len(data.rows)} with copies; epoch "
-              f"{state['epoch']} of {args.epochs} on {device}",
-              data.notes, rehearse(model, data, device, dtype, world), sep="\n")
+              f"{first} of {args.epochs} on {device}", data.notes, sep="\n")
+    # The longest batch comes first, so that a lack of memory shows now.
+    ctc_loss(model, data, data.epoch(0, 1.0)[-1][::world], device).backward()
+    model.zero_grad()
 
-    step = state["step"]
-    for epoch in range(state["epoch"], args.epochs):
+    for epoch in range(first, args.epochs):
         began, losses = time.time(), []
         groups = data.epoch(epoch, ramp(step, args))
-        # A shorter warm-up can leave CTC where it starts, predicting nothing but blanks.
         warmup = min(1000, args.epochs * len(groups) / 3)
         for number, group in enumerate(tqdm(groups, f"epoch {epoch + 1}/{args.epochs}", leave=False,
                                             disable=True if rank else None)):
             progress = (epoch + number / len(groups)) / args.epochs
-            decay = 0.5 + 0.5 * math.cos(math.pi * progress)
+            rate = learning_rate(step, progress, warmup)
             model.augment.strength = ramp(step, args)
             # The same draws as without a resume.
             torch.manual_seed((args.seed * 1_000_000 + step) * world + rank)
@@ -289,14 +413,14 @@ def train(args):
             # A group smaller than the number of processes goes whole to all of them.
             mine, scale = (group[rank::world], world) if len(group) >= world else (group, 1)
             units = sum(len(data.targets[i]) for i in group)
-            loss = ctc_loss(net, data, mine, device, dtype) / units * scale     # DDP takes means
+            loss = ctc_loss(net, data, mine, device) / units * scale        # DDP takes means
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimiser in optimisers:
-                for part in optimiser.param_groups:
-                    part["lr"] = part["peak"] * decay * min(1.0, (step + 1) / warmup)
-                optimiser.step()
-                optimiser.zero_grad()
+            for optimizer in optimizers:
+                for part in optimizer.param_groups:
+                    part["lr"] = part["peak"] * rate
+                optimizer.step()
+                optimizer.zero_grad()
             losses.append(loss.detach())
             step += 1
 
@@ -311,236 +435,75 @@ def train(args):
         speech = sum(data.rows[i]["duration"] for group in groups for i in group)
         row = {"epoch": epoch + 1, "step": step, "loss": loss.item(),
                "speech_per_second": speech / (time.time() - began)}
-        row["dev_wer"], row["dev_cer"] = evaluate(model, dev, data.units, data.frames, device)
+        row |= dev_error_rates(model, dev, data.units, data.frames, device)
         print("epoch {epoch} | step {step} | loss {loss:.3f} | dev CER {dev_cer:.1%} | dev WER "
-              "{dev_wer:.1%} | {speech_per_second:.0f} s of speech a second".format(**row),
+              "{dev_wer:.1%} | {speech_per_second:.0f} s of speech per second".format(**row),
               flush=True)
-        weights = {name: value.cpu().clone() for name, value in model.state_dict().items()}
-        if row["dev_cer"] <= state["best"]:
-            state |= {"best": row["dev_cer"], "model": weights}
-        state |= {"epoch": epoch + 1, "step": step, "log": state["log"] + [row], "last": weights,
-                  "optimisers": [optimiser.state_dict() for optimiser in optimisers]}
-        save(path, state)
+        log.append(row)
+        state = {"kind": "asr", "flags": vars(args), "meta": meta, "log": log,
+                 "text": data.units.serialized_model_proto(), "model": model.state_dict()}
+        prior = unit_prior(model, data, device)
+        save_checkpoint(out / "asr.pt", in_half(state | {"log_prior": prior}))
+        save_checkpoint(out / "resume.pt", state | {
+            "epoch": epoch + 1, "step": step,
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+        save_log(out, log)
     if rank == 0:
-        print(f"wrote {path} (dev CER {state['best']:.1%}); next: python evaluate.py --asr {path}")
-
-
-def build_model(flags: dict, meta: dict, vocab_size: int) -> CodecASR:
-    """The model that these flags name, with random weights."""
-    codebooks = flags["codebooks"] or meta["codebooks"]
-    if codebooks > meta["codebooks"]:
-        raise ValueError(f"--codebooks {codebooks}: the tokens have {meta['codebooks']}")
-    # Random tables may be as wide as they like: the 32 of FSQ would be too narrow to be fair.
-    wide = codebooks and flags["embedding"] == "random"
-    dim = max(128, meta["dim"]) if wide else meta["dim"]
-    return CodecASR(vocab_size, codebooks, meta["codebook_size"], dim, flags["aggregate"],
-                    flags["size"], flags["subsampling"])
-
-
-def start_model(args, meta: dict, data: TrainSet) -> CodecASR:
-    """A new model, the same in all processes, its tables as --embedding says."""
-    torch.manual_seed(args.seed)
-    model = build_model(vars(args), meta, len(data.units))
-    books = None
-    if meta["codebooks"] and args.embedding != "random":
-        books = torch.from_numpy(np.load(Path(args.tokens) / "codebooks.npy", allow_pickle=False))
-    frames = torch.cat(data.arrays)
-    model.start_from(books, frames[torch.randint(len(frames), (20_000,))])
-    if meta["codebooks"] and args.embedding == "frozen":
-        model.embedding.tables.requires_grad_(False)
-    model.augment = Augment(args.time_masks, 0.2 * meta["sample_rate"] / meta["hop"],
-                            args.codebook_masks, args.feature_masks, args.replace,
-                            args.noisy_embedding)
-    return model
-
-
-def ramp(step: int, args) -> float:
-    """The curriculum: 0 at the first step, 1 from --curriculum on."""
-    return min(1.0, step / args.curriculum) if args.curriculum else 1.0
-
-
-def ctc_loss(net: nn.Module, data: TrainSet, group: list[int], device, dtype) -> Tensor:
-    """Nats, summed over the utterances of the group."""
-    tokens, token_len = data.take(group, device)
-    targets = [data.targets[i] for i in group]
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        log_probs, _ = net(tokens, token_len)                               # (B, T', V)
-    if device.type == "mps":                        # for which torch has no CTC
-        log_probs = log_probs.cpu()
-    # The lengths stay on the CPU: fetched from a GPU, they would make each step wait for it.
-    out_len = torch.tensor([data.out_len[i] for i in group])
-    target_len = torch.tensor([len(target) for target in targets])
-    return F.ctc_loss(log_probs.transpose(0, 1), torch.cat(targets).to(log_probs.device),
-                      out_len, target_len, reduction="sum")
-
-
-def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware computes in it."""
-    cpu = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if cpu or cuda else torch.float32
-
-
-def rehearse(model: CodecASR, data: TrainSet, device, dtype, world: int) -> str:
-    """Run this process's share of the longest batch first, so that a lack of memory shows now.
-
-    -> a line on its speed, and on the share of the device's matrix-multiplication speed it reaches.
-    """
-    group = data.epoch(0, 1.0)[-1][::world]
-    with FlopCounterMode(display=False) as counter:
-        ctc_loss(model, data, group, device, dtype).backward()
-    step = seconds(lambda: ctc_loss(model, data, group, device, dtype).backward())
-    model.zero_grad()
-    square = torch.randn(2048, 2048, device=device, dtype=dtype)
-    product = seconds(lambda: square @ square)
-    speed = sum(data.rows[i]["duration"] for i in group) / step
-    share = counter.get_total_flops() / step / (2 * 2048 ** 3 / product)
-    return (f"{speed:.0f} s of speech a second, {share:.0%} of this device's {dtype} "
-            f"matrix-multiplication speed")
-
-
-def seconds(function) -> float:
-    """Median time of three calls, after one that does not count."""
-    times = []
-    for _ in range(4):
-        began = time.perf_counter()
-        function()
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        times.append(time.perf_counter() - began)
-    return float(np.median(times[1:]))
-
-
-@torch.inference_mode()
-def evaluate(model: CodecASR, dev: TokenSet, units, frames: int, device) -> tuple:
-    """Greedy decoding -> WER, CER; language tokens do not count as text."""
-    model.eval()
-    refs, hyps = [], []
-    for group in dev.batches(range(len(dev.rows)), 2 * frames):
-        found = greedy(units, *model(*dev.take(group, device)))
-        hyps += [split_language(hyp)[1] for hyp in found]
-        refs += [dev.rows[i]["text"] for i in group]
-    model.train()
-    return jiwer.wer(refs, hyps), jiwer.cer(refs, hyps)
-
-
-# ------------------------------------------------------------------------------- files and devices
-# Some of this repeats codec.py, which this stage does not import.
-
-def save(path: Path, checkpoint: dict):
-    """Write the checkpoint, and its log beside it: whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    log = "".join(json.dumps(row) + "\n" for row in checkpoint["log"])
-    for file, data in ((path, buffer.getvalue()), (path.with_name("log.jsonl"), log.encode())):
-        temporary = file.with_name(f".{file.name}.part")
-        temporary.write_bytes(data)
-        os.replace(temporary, file)
-
-
-def load_checkpoint(path: str | Path) -> dict:
-    """Raises ValueError unless path holds a recogniser. Runs no code from the file."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file; train it first, or give its path")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["kind"] == "asr":
-            return saved
-    except Exception:                               # torch raises many types for a damaged file
-        pass
-    raise ValueError(f"{path}: damaged, or no asr checkpoint of this project")
-
-
-def check_same_run(path: Path, saved: dict, args, meta: dict):
-    """A run resumes only with the flags and the tokens that it began with; --epochs may grow."""
-    for name, now in vars(args).items():
-        before = saved["flags"][name]
-        free = name in ("device", "out", "tokens") or name == "epochs" and now > before
-        if now != before and not free:
-            raise ValueError(f"{path} was trained with --{name.replace('_', '-')} {before}, "
-                             f"not {now}: give another --out, or delete it")
-    names = ["corpus", "train", "dev", "noise", "snr", "seed"]
-    check_same_tokens(path, saved["meta"], args.tokens, meta, names)
-
-
-def check_same_tokens(path: str | Path, trained: dict, tokens: str | Path, found: dict, more=()):
-    """A recogniser reads only what it was trained on: the same features of the same codec."""
-    for name in ("features", "codec", "hop", "codebooks", *more):
-        if trained[name] != found[name]:
-            raise ValueError(f"{path} was trained on {name} {trained[name]}, but {tokens} holds "
-                             f"{found[name]}: give its own tokens or codec, or another run")
-
-
-def start_processes(name: str) -> tuple[torch.device, int, int]:
-    """-> device, rank, number of processes: more than one where torchrun started this script."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    best = found.type if found else "cpu"
-    if name not in ("auto", "cpu", best):
-        raise ValueError(f"--device {name}: not available here; try --device cpu")
-    name = best if name == "auto" else name
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        dist.init_process_group("nccl" if name == "cuda" else "gloo")
-        if name == "cuda":
-            name = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(name)
-    return torch.device(name), int(os.environ.get("RANK", 0)), world
+        print(f"wrote {out / 'asr.pt'} (dev CER {log[-1]['dev_cer']:.1%}); next: "
+              f"python evaluate.py --asr {out / 'asr.pt'} --out {out.parent / 'eval'}")
 
 
 # --------------------------------------------------------------------------------------------- main
 
-class HelpPage(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
-    """Keeps the line breaks of the file's docstring, and shows the defaults."""
-
-
 def parse(arguments=None):
     parser = ArgumentParser(description=__doc__, formatter_class=HelpPage)
-    add = parser.add_argument
-    add("--tokens", default="runs/tokens", help="folder that tokenize_corpus.py wrote")
+    parser.add_argument("--tokens", default="runs/tokens", help="what tokenize_corpus.py wrote")
+    add = parser.add_argument_group("model").add_argument
     add("--size", choices=SIZES, default="tiny", help="width and depth of the Conformer")
     add("--embedding", choices=("codebook", "random", "frozen"), default="codebook",
-        help="tables start as the codec's codebooks, at random, or as codebooks that do not learn")
-    add("--aggregate", choices=("sum", "mean", "stack"), default="sum",
-        help="how the rows of the Q tables become one vector")
+        help="tables start as the codec's codebooks; at random, with mean and deviation of each "
+             "codebook; or as codebooks that do not learn")
+    add("--aggregate", choices=("sum", "stack"), default="sum",
+        help="the rows of the Q tables are added (normalized, this is the paper's average), or "
+             "put side by side")
     add("--codebooks", type=int, default=0, help="use only the first N codebooks; 0: all")
-    add("--time-masks", type=int, default=10, help="spans of time hidden, each up to 5 %%")
-    add("--codebook-masks", type=int, default=4,
+    add("--subsampling", type=int, choices=(1, 2, 4), default=1,
+        help="input frames merged into one: 4 for 10 ms log-mel, 2 for 80 Hz tokens")
+    add = parser.add_argument_group("damage to the training input").add_argument
+    add("--time-masks", type=int, default=8,
+        help="spans of time hidden, each up to 5 %% of the utterance and 0.2 s")
+    add("--codebook-masks", type=int, default=0,
         help="codebooks hidden, each for up to half of an utterance")
-    add("--feature-masks", type=int, default=2,
+    add("--feature-masks", type=int, default=1,
         help="bands of the embedding hidden, each up to a third")
     add("--replace", type=float, default=0.0, help="share of tokens replaced by random codes")
     add("--noisy-embedding", type=float, default=0.0,
         help="standard deviation of noise on the embedding, relative to its own, such as 0.3")
     add("--curriculum", type=int, default=3000,
-        help="steps over which masks, replacement, noise and noisy copies ramp up; 0: none")
+        help="steps over which this damage, and noisy copies, ramp up; 0: none")
+    add = parser.add_argument_group("text units").add_argument
     add("--units", choices=("char", "unigram", "bpe"), default="char", help="text units")
     add("--vocab-size", type=int, default=256, help="number of text units, with unigram or bpe")
     add("--lang-token", action="store_true", help="begin transcripts with a token of the language")
-    add("--subsampling", type=int, choices=(1, 2, 4), default=1,
-        help="input frames merged into one: 4 for 10 ms log-mel, 2 for 80 Hz tokens")
+    add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=25, help="passes over the training utterances")
-    add("--batch", type=float, default=40.0, help="seconds of speech a step, over all processes")
+    add("--batch", type=float, default=40.0, help="seconds of speech per step, in all processes")
     add("--lr", type=float, default=3e-3,
-        help="peak learning rate; Muon takes 2.5 times as much, tables that start as codebooks "
-             "a tenth")
+        help="peak learning rate; Muon takes 2.5 times as much, the tables a tenth")
     add("--seed", type=int, default=0, help="random seed for weights, data order and masks")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
     add("--out", default="runs/asr", help="folder to write")
+
     args = parser.parse_args(arguments)
+    if args.units == "char":
+        refuse_idle(parser, args, "with --units char", "vocab_size")
     if min(args.epochs, args.batch, args.lr) <= 0:
         parser.error("--epochs, --batch and --lr must be above 0")
     return args
 
 
 def main(arguments=None):
-    args = parse(arguments)
-    try:
-        train(args)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_stage(train, parse(arguments))
 
 
 if __name__ == "__main__":
