@@ -467,21 +467,27 @@ def summary(recent: list[tuple], codebook_size: int) -> dict:
     return row | {"usage": usage.mean().item(), "perplexity": perplexity.mean().item()}
 
 
-def check_flags(path: Path, saved: dict, args) -> bool:
-    """A run resumes only with the flags it began with, but --steps may grow.
+def resume(out: Path, args) -> tuple[dict | None, bool]:
+    """-> the state to continue from, if any; whether the decoder alone is trained.
 
-    -> does it train the decoder alone? `--adversarial` on a codec that was finished without it is
-    a new run of that kind, with its own --steps, --batch and so on.
+    A run resumes only with the flags it began with, but --steps may grow. `--adversarial` on a
+    codec that was finished without it trains its decoder alone, in a new run with its own --steps,
+    --batch and so on.
     """
-    free, flags = ["device", "out", "reconstruct", "codec"], saved["flags"]
+    # A published codec comes without its resume.pt.
+    found = [path for path in (out / "resume.pt", out / "codec.pt") if path.exists()]
+    if not found:
+        return None, False
+    saved = load_checkpoint(found[0], "codec")
+    flags, free = saved["flags"], ["device", "out", "reconstruct", "codec"]
     decoder_only = saved["decoder_only"]
     if args.adversarial and not flags["adversarial"] and saved["step"] == flags["steps"]:
         decoder_only = True
         free += ["adversarial", "corpus", "train", "dev", "steps", "batch", "crop", "lr", "seed"]
     if args.steps > flags["steps"]:
         free.append("steps")
-    check_same_flags(path, flags, args, free)
-    return decoder_only
+    check_same_flags(found[0], flags, args, free)
+    return saved, decoder_only
 
 
 def train(args):
@@ -499,11 +505,8 @@ def train(args):
     length = max(2, round(args.crop * SAMPLE_RATE / codec.hop)) * codec.hop
     crops = Crops(files, args.seed, length, args.batch)
 
-    # A published codec comes without its resume.pt.
     out = Path(args.out)
-    found = [path for path in (out / "resume.pt", out / "codec.pt") if path.exists()]
-    saved = load_checkpoint(found[0], "codec") if found else None
-    decoder_only = saved is not None and check_flags(found[0], saved, args)
+    saved, decoder_only = resume(out, args)
     if saved:
         codec.load_state_dict(saved["model"])
     elif args.quantizer == "rvq":
@@ -609,8 +612,7 @@ def reconstruct(args):
     temporary = target.with_name(f".part-{target.name}")
     sf.write(temporary, made.numpy(), SAMPLE_RATE)
     os.replace(temporary, target)
-    share = tokens.shape[1] / codec.quantizer.num_codebooks
-    print(f"wrote {target}: {tokens.numel()} tokens, {share * codec.bitrate / 1000:.1f} kbit/s")
+    print(f"wrote {target}: {tokens.shape[2]} frames of {tokens.shape[1]} tokens")
 
 
 # ------------------------------------------------------- files, devices and flags, for all stages
@@ -675,6 +677,13 @@ def flags_of(args, *names: str) -> str:
         if getattr(args, name):
             words += [f"--{name}", *getattr(args, name)]
     return " " + shlex.join(words)
+
+
+def add_common_flags(parser: ArgumentParser, out: str):
+    add = parser.add_argument_group("running").add_argument
+    add("--seed", type=int, default=0, help="random seed: weights, data order, masks, noise")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
+    add("--out", default=out, help="folder to write")
 
 
 def refuse_idle(parser: ArgumentParser, args, why: str, *names: str):
@@ -923,12 +932,10 @@ def parse(arguments=None):
     add("--lr", type=float, default=1e-3, help="peak learning rate")
     add("--adversarial", action="store_true",
         help="add a discriminator, for better sound; on a finished codec: train its decoder alone")
-    add("--seed", type=int, default=0, help="random seed for weights and data order")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
-    add("--out", default="runs/codec", help="folder to write")
     add = parser.add_argument_group("listening").add_argument
     add("--reconstruct", nargs=2, metavar=("IN", "OUT"), help="encode and decode one audio file")
     add("--codec", default="runs/codec/codec.pt", help="the codec that --reconstruct uses")
+    add_common_flags(parser, "runs/codec")
 
     args = parser.parse_args(arguments)
     if args.reconstruct:

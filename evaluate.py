@@ -38,8 +38,9 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from tqdm import tqdm
 
-from codec import (AUDIO, SAMPLE_RATE, HelpPage, LogMel, files_below, load_checkpoint, pick_device,
-                   read_audio, refuse_idle, run_stage, write_atomically)
+from codec import (AUDIO, SAMPLE_RATE, HelpPage, LogMel, add_common_flags, files_below,
+                   load_checkpoint, pick_device, read_audio, refuse_idle, run_stage,
+                   write_atomically)
 from tokenize_corpus import FrontEnd, Noise, Utterance
 from train_asr import (TokenSet, build_model, check_same_tokens, greedy, read_meta,
                        split_language)
@@ -342,20 +343,15 @@ def transcribe(args):
         raise ValueError(f"{', '.join(args.audio)}: no audio that can be read")
 
 
-def matplotlib_figure():
-    """matplotlib's Figure; the library is optional."""
+def plot_utterance(recognizer: Recognizer, audio: Path, path: Path):
+    """Waveform, log-mel, and tokens with the text units read from them, under one time axis."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("--plots needs pip install matplotlib")
-    return Figure
-
-
-def plot_utterance(recognizer: Recognizer, audio: Path, path: Path):
-    """Waveform, log-mel, and tokens with the text units read from them, under one time axis."""
     wav = read_audio(audio)
     array = torch.from_numpy(recognizer.front_end()(wav))                   # (T, Q)
-    fig = matplotlib_figure()(figsize=(9, 6), dpi=80, layout="constrained")
+    fig = Figure(figsize=(9, 6), dpi=80, layout="constrained")
     axes = fig.subplots(3, 1, sharex=True)
     end = len(wav) / SAMPLE_RATE
     axes[0].plot(np.linspace(0, end, len(wav)), wav, linewidth=0.4)
@@ -402,10 +398,7 @@ def parse(arguments=None):
     add("--word-score", type=float, default=0.0, help="added for every word")
     add("--prior-weight", type=float, default=0.5,
         help="share of the units' log prior that is subtracted from their log-probabilities")
-    add = parser.add_argument_group("running").add_argument
-    add("--seed", type=int, default=0, help="random seed for noise and bootstrap")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
-    add("--out", default="runs/eval", help="folder to write")
+    add_common_flags(parser, "runs/eval")
 
     args = parser.parse_args(arguments)
     if args.audio:

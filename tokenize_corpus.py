@@ -40,8 +40,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from codec import (SAMPLE_RATE, Codec, HelpPage, LogMel, files_below, find_audio, find_subsets,
-                   mel_window, read_audio, read_lines, read_manifest, refuse_idle,
+from codec import (SAMPLE_RATE, Codec, HelpPage, LogMel, add_common_flags, files_below, find_audio,
+                   find_subsets, mel_window, read_audio, read_lines, read_manifest, refuse_idle,
                    run_stage, save_skipped, start_processes, write_atomically)
 
 
@@ -382,11 +382,8 @@ def parse(arguments=None):
     add("--snr", nargs=2, type=float, metavar=("LOW", "HIGH"), default=[0.0, 20.0],
         help="range of their signal-to-noise ratio in dB")
     add("--copies", type=int, default=1, help="copies in noise of each utterance")
-    add = parser.add_argument_group("running").add_argument
     add("--workers", type=int, default=1, help="processes that read audio while the codec works")
-    add("--seed", type=int, default=0, help="random seed of the noise")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
-    add("--out", default="runs/tokens", help="folder to write")
+    add_common_flags(parser, "runs/tokens")
 
     args = parser.parse_args(arguments)
     if args.features == "mel":

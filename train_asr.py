@@ -39,8 +39,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from asr_model import SIZES, Augment, CodecASR
-from codec import (HelpPage, check_same_flags, in_half, load_checkpoint, refuse_idle, run_stage,
-                   save_checkpoint, save_log, start_processes)
+from codec import (HelpPage, add_common_flags, check_same_flags, in_half, load_checkpoint,
+                   refuse_idle, run_stage, save_checkpoint, save_log, start_processes)
 
 NOISY_SHARE = 0.5       # of the utterances, where the tokens include noisy copies
 LONGEST = 60.0          # seconds of an utterance: the memory of attention grows with its square
@@ -193,18 +193,16 @@ def transcript(row: dict, lang_token: bool) -> str:
 def make_optimizers(model: CodecASR, args) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for the rest; each group of parameters keeps its
     peak learning rate as `peak`."""
-    matrices, tables, others = [], [], []
+    groups = {"matrices": [], "tables": [], "others": []}
     for name, parameter in model.named_parameters():
-        if name == "embedding.tables":
-            tables.append(parameter)
-        elif "blocks" in name and parameter.ndim == 2:
-            matrices.append(parameter)
-        else:
-            others.append(parameter)
+        matrix = "blocks" in name and parameter.ndim == 2
+        kind = "matrices" if matrix else "tables" if "tables" in name else "others"
+        groups[kind].append(parameter)
     # Tables that start as codebooks generalize better when they change slowly.
-    groups = [{"params": others, "peak": args.lr}, {"params": tables, "peak": 0.1 * args.lr}]
-    return [Muon(matrices, 2.5 * args.lr),
-            torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)]
+    slow = {"params": groups["tables"], "peak": 0.1 * args.lr}
+    others = {"params": groups["others"], "peak": args.lr}
+    return [Muon(groups["matrices"], 2.5 * args.lr),
+            torch.optim.AdamW([others, slow], betas=(0.9, 0.98), fused=True)]
 
 
 class Muon(torch.optim.Optimizer):
@@ -490,9 +488,7 @@ def parse(arguments=None):
     add("--batch", type=float, default=40.0, help="seconds of speech per step, in all processes")
     add("--lr", type=float, default=3e-3,
         help="peak learning rate; Muon takes 2.5 times as much, the tables a tenth")
-    add("--seed", type=int, default=0, help="random seed for weights, data order and masks")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
-    add("--out", default="runs/asr", help="folder to write")
+    add_common_flags(parser, "runs/asr")
 
     args = parser.parse_args(arguments)
     if args.units == "char":
