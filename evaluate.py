@@ -222,6 +222,39 @@ def difference(score: Score, other: Score, seed: int) -> list[float]:
     return np.percentile(ours - theirs, [2.5, 97.5]).tolist()
 
 
+# ----------------------------------------------------------------------------------------- picture
+
+def plot_utterance(recognizer: Recognizer, audio: str | Path, path: Path, ref: str = ""):
+    """Waveform, log-mel, and tokens with the text units read from them, under one time axis."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--plots needs pip install matplotlib")
+    wav = read_audio(audio)
+    array = torch.from_numpy(recognizer.front_end()(wav))                   # (T, Q)
+    end, best = len(wav) / SAMPLE_RATE, recognizer.log_probs(array)[0].argmax(1)        # (T',)
+    fig = Figure(figsize=(12, 7), dpi=80, layout="constrained")
+    fig.suptitle(f"{ref and f'said: {ref}'}\nread from the tokens: {recognizer.recognize(array)}")
+    axes = fig.subplots(3, 1, sharex=True)
+    axes[0].plot(np.linspace(0, end, len(wav)), wav, linewidth=0.4)
+    mel = LogMel(512, 160, 80)(wav[None])[0]
+    axes[1].imshow(mel, origin="lower", aspect="auto", extent=(0, end, 0.5, 80.5))
+    axes[2].imshow(array.T.float(), aspect="auto", interpolation="nearest",
+                   extent=(0, end, array.shape[1] + 0.5, 0.5))
+    written = [t for t in range(len(best)) if best[t] and (t == 0 or best[t] != best[t - 1])]
+    for number, t in enumerate(written):
+        height = 1.03 + 0.08 * (number % 3)         # neighbors side by side would collide
+        piece = recognizer.units.id_to_piece(int(best[t])).strip("\u2581")
+        axes[2].text((t + 0.5) / len(best), height, piece, ha="center",
+                     transform=axes[2].transAxes)
+    for axis, label in zip(axes, ("amplitude", "mel band", "codebook")):
+        axis.set(ylabel=label, xlim=(0, end))
+    axes[2].set_xlabel("seconds")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path)
+    print(f"wrote {path}")
+
+
 # ----------------------------------------------------------------------------------------- reports
 
 def percent(summary: dict, name: str) -> str:
@@ -308,6 +341,9 @@ def evaluate(args):
                     rows[-1].append(f"{100 * low:+.1f} to {100 * high:+.1f}")
                 elif not kind:
                     page += f"\n{subset}\n{remarks(score, summary)}"
+            if args.plots:
+                row, picture = data.rows[0], f"{run.path.parent.name}-{subset}.png"
+                plot_utterance(run, row["audio"], Path(args.out) / picture, row["text"])
     header = ["run", "test", "utterances", "WER % (95 %)", "CER % (95 %)"]
     if args.compare:
         header.append("CER minus the first run's (95 %)")
@@ -327,6 +363,7 @@ def evaluate(args):
 def transcribe(args):
     """Print what is said in each file; with --plots, draw it too."""
     recognizer, files, failed = load(args.asr, args), [], 0
+    recognizer.front_end()              # a codec that does not fit is reported once, now
     for path in map(Path, args.audio):
         below = [file for file in files_below(path) if file.suffix.lower() in AUDIO]
         files += below if path.is_dir() else [path]
@@ -341,36 +378,6 @@ def transcribe(args):
             plot_utterance(recognizer, path, Path(args.out) / f"{number:03d}-{path.stem}.png")
     if failed == len(files):
         raise ValueError(f"{', '.join(args.audio)}: no audio that can be read")
-
-
-def plot_utterance(recognizer: Recognizer, audio: Path, path: Path):
-    """Waveform, log-mel, and tokens with the text units read from them, under one time axis."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--plots needs pip install matplotlib")
-    wav = read_audio(audio)
-    array = torch.from_numpy(recognizer.front_end()(wav))                   # (T, Q)
-    fig = Figure(figsize=(9, 6), dpi=80, layout="constrained")
-    axes = fig.subplots(3, 1, sharex=True)
-    end = len(wav) / SAMPLE_RATE
-    axes[0].plot(np.linspace(0, end, len(wav)), wav, linewidth=0.4)
-    mel = LogMel(512, 160, 80)(wav[None])[0]
-    axes[1].imshow(mel, origin="lower", aspect="auto", extent=(0, end, 0, 80))
-    axes[2].imshow(array.T.float(), aspect="auto", interpolation="nearest", cmap="viridis",
-                   extent=(0, end, array.shape[1] + 0.5, 0.5))
-    best = recognizer.log_probs(array)[0].argmax(1)                         # (T',)
-    for t in range(1, len(best)):
-        if best[t] and best[t] != best[t - 1]:
-            piece = recognizer.units.id_to_piece(int(best[t]))
-            axes[2].text((t + 0.5) / len(best), 1.03, piece, ha="center",
-                         transform=axes[2].transAxes)
-    for axis, label in zip(axes, ("waveform", "mel band", "codebook")):
-        axis.set(ylabel=label, xlim=(0, end))
-    axes[2].set_xlabel("seconds")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path)
-    print(f"wrote {path}")
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -390,7 +397,7 @@ def parse(arguments=None):
     add("--audio", nargs="+", default=[], help="transcribe these files and folders instead")
     add("--codec", help="codec for --audio and --noise; the one of its tokens unless given")
     add("--plots", action="store_true",
-        help="also draw each file of --audio, with its tokens and letters (needs matplotlib)")
+        help="draw an utterance of each subset, or each file of --audio (needs matplotlib)")
     add = parser.add_argument_group("beam search with a language model").add_argument
     add("--lm", help="word language model in ARPA form, .gz or not; without, decoding is greedy")
     add("--beam", type=int, default=200, help="hypotheses kept")
@@ -403,11 +410,9 @@ def parse(arguments=None):
     args = parser.parse_args(arguments)
     if args.audio:
         refuse_idle(parser, args, "with --audio", "test", "tokens", "compare", "noise")
-    else:
-        refuse_idle(parser, args, "without --audio", "plots")
     if not args.noise:
         refuse_idle(parser, args, "without --noise", "snr")
-    if not args.noise and not args.audio:
+    if not args.noise and not args.audio and not args.plots:
         refuse_idle(parser, args, "without --audio or --noise", "codec")
     if not args.lm:
         refuse_idle(parser, args, "without --lm", "beam", "lm_weight", "word_score",

@@ -1035,7 +1035,7 @@ def test_scripts_end_bad_input_with_one_line():
             (codec, "holds a.wav", "--corpus", strange[3]),
             (codec, "at most 32768", "--quantizer", "rvq", "--codebook-size", 40_000),
             (codec, "no effect without --reconstruct", "--codec", other),
-            (codec, "--steps has no effect", "--reconstruct", audio, "out.wav", "--steps", 9),
+            (codec, "has no effect with --reconstruct", "--reconstruct", audio, "out.wav"),
             (tokenize_corpus, "needs a dev subset", "--corpus", strange[3].parent, "--train",
              strange[3].name, *mel),
             (tokenize_corpus, "damaged", "--corpus", corpus(), "--codec", half),
@@ -1078,7 +1078,7 @@ def test_every_printed_command_is_one_that_the_scripts_accept():
     commands = re.findall(r"python (\w+)\.py([^\n&#`|;]*)", "\n".join(texts))
     assert len(commands) > 25
     for name, flags in commands:
-        if name in STAGES:
+        if name in STAGES and "--help" not in flags:
             STAGES[name].parse(shlex.split(flags))
 
 
@@ -1104,11 +1104,11 @@ def test_published_weights_read_the_sample_as_before():
     assert expected["text"] in printed.getvalue()
     wav = read_audio(HOME / "results" / "listen" / "original.flac")
     tokens = Codec.load(HOME / "results" / "mini-librispeech" / "codec.pt").encode(wav[None])
-    same = tokens[0, :, ::40] == torch.tensor(expected["tokens"])           # one frame per second
-    assert same.float().mean() > 0.95
+    same = tokens[0] == torch.tensor(expected["tokens"])
+    assert same.float().mean() > 0.95                   # other processors may flip a few
     recognizer = Recognizer(HOME / "results" / "mini-librispeech", "cpu")
-    log_probs = recognizer.log_probs(tokens[0].T)[0, ::40].max(1).values
-    close(log_probs, torch.tensor(expected["log_probs"]), 0.02)
+    log_probs = recognizer.log_probs(torch.tensor(expected["tokens"]).T)[0, ::16, :8]
+    close(log_probs, torch.tensor(expected["log_probs"]), 1e-2)
 
 
 def main() -> None:
