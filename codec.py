@@ -446,7 +446,7 @@ def learning_rate(step: int, args) -> float:
     return args.lr * decay
 
 
-def update(loss: Tensor, optimizer: torch.optim.Optimizer, lr: float):
+def optimize(loss: Tensor, optimizer: torch.optim.Optimizer, lr: float):
     """One optimizer step. Gradients are clipped, so that a click in one file does no harm."""
     (group,) = optimizer.param_groups
     group["lr"] = lr
@@ -456,7 +456,7 @@ def update(loss: Tensor, optimizer: torch.optim.Optimizer, lr: float):
     optimizer.step()
 
 
-def summary(recent: list[tuple], codebook_size: int) -> dict:
+def log_row(recent: list[tuple], codebook_size: int) -> dict:
     """Mean losses since the last call, and how evenly the codes were used."""
     losses, tokens = zip(*recent)
     row = {name: sum(step[name].item() for step in losses) / len(losses) for name in losses[0]}
@@ -467,7 +467,7 @@ def summary(recent: list[tuple], codebook_size: int) -> dict:
     return row | {"usage": usage.mean().item(), "perplexity": perplexity.mean().item()}
 
 
-def resume(out: Path, args) -> tuple[dict | None, bool]:
+def resume_codec(out: Path, args) -> tuple[dict | None, bool]:
     """-> the state to continue from, if any; whether the decoder alone is trained.
 
     A run resumes only with the flags it began with, but --steps may grow. `--adversarial` on a
@@ -506,7 +506,7 @@ def train(args):
     crops = Crops(files, args.seed, length, args.batch)
 
     out = Path(args.out)
-    saved, decoder_only = resume(out, args)
+    saved, decoder_only = resume_codec(out, args)
     if saved:
         codec.load_state_dict(saved["model"])
     elif args.quantizer == "rvq":
@@ -547,15 +547,15 @@ def train(args):
                       "quantizer": quantized.loss}
             if args.adversarial:
                 if step % 3 < 2:        # the discriminator learns in two steps of three
-                    update(discriminator_loss(nets[1], wav, made), optimizers[1], lr)
+                    optimize(discriminator_loss(nets[1], wav, made), optimizers[1], lr)
                 losses |= generator_losses(discriminator, wav, made)
             total = sum(WEIGHTS[name] * value for name, value in losses.items())
-            update(total, optimizers[0], lr)
+            optimize(total, optimizers[0], lr)
             losses = {name: value.detach() for name, value in losses.items()}
             recent.append((losses, quantized.tokens))
 
             if (step + 1) % 100 == 0 or step + 1 == args.steps:
-                log.append({"step": step + 1} | summary(recent, codec.quantizer.codebook_size))
+                log.append({"step": step + 1} | log_row(recent, codec.quantizer.codebook_size))
                 recent.clear()
                 if rank == 0:
                     tqdm.write(" | ".join(f"{key} {value:.4g}" for key, value in log[-1].items()))

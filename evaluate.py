@@ -57,7 +57,7 @@ class Recognizer:
     """
 
     def __init__(self, path: str | Path, device: str = "auto", lm: str | None = None,
-                 codec: str | None = None, beam: int = 200, lm_weight: float = 3.0,
+                 codec: str | None = None, beam: int = 200, lm_weight: float = 2.5,
                  word_score: float = 0.0, prior_weight: float = 0.5):
         """path: asr.pt or its folder. lm: a word language model in ARPA form, .gz or not, for a
         beam search; without, decoding is greedy. codec: that of its tokens unless given. Raises
@@ -401,7 +401,7 @@ def parse(arguments=None):
     add = parser.add_argument_group("beam search with a language model").add_argument
     add("--lm", help="word language model in ARPA form, .gz or not; without, decoding is greedy")
     add("--beam", type=int, default=200, help="hypotheses kept")
-    add("--lm-weight", type=float, default=3.0, help="weight of the language model")
+    add("--lm-weight", type=float, default=2.5, help="weight of the language model")
     add("--word-score", type=float, default=0.0, help="added for every word")
     add("--prior-weight", type=float, default=0.5,
         help="share of the units' log prior that is subtracted from their log-probabilities")

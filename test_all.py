@@ -46,6 +46,7 @@ from asr_model import Augment, CodecASR
 from codec import Codec, read_audio
 from evaluate import Recognizer, Score
 from quantizers import GroupFSQ, ResidualVQ, usage_and_perplexity
+from results import study
 from tokenize_corpus import Noise, Utterance
 from train_asr import TokenSet, TrainSet
 
@@ -70,9 +71,9 @@ def close(one, other, tolerance=1e-5) -> None:
 
 def run(stage, *arguments) -> str:
     """A script's main() -> what it printed."""
-    printed = io.StringIO()
+    printed, device = io.StringIO(), [] if stage is study else ["--device", "cpu"]
     with redirect_stdout(printed), redirect_stderr(io.StringIO()):
-        stage.main([*map(str, arguments), "--device", "cpu"])
+        stage.main([*map(str, arguments), *device])
     return printed.getvalue()
 
 
@@ -296,6 +297,9 @@ def test_random_depth_leaves_each_utterance_its_first_codebooks():
         (depth,) = [n for n in range(4) if torch.allclose(made, first[n], atol=1e-4)]
         depths.add(depth)
     assert depths == {0, 1, 2, 3}
+    quantizer.dropout = 0.5                             # of half of the utterances
+    depth = quantizer.random_depth(8000, "cpu").float()
+    close((depth == 4).float().mean(), torch.tensor(0.625), 0.03)
 
 
 # ------------------------------------------------------------------------------------------- codec
@@ -368,6 +372,14 @@ def test_adversarial_training_of_a_finished_codec_changes_its_decoder_alone():
         before, after = Codec.load(small_codec("mel", kind)), Codec.load(out / "codec.pt")
         assert before.fingerprint == after.fingerprint
         assert not torch.equal(before.decoder.head[1].weight, after.decoder.head[1].weight)
+
+
+def test_report_takes_up_to_100_files_evenly():
+    files = [write(new_folder() / "a.wav", 0.1 * noise(800))] * 101
+    for number, taken in ((1, 1), (100, 100), (101, 51)):
+        with redirect_stdout(io.StringIO()):
+            codec.report(Codec.load(small_codec()), files[:number], files[0].parent)
+        assert json.loads((files[0].parent / "report.json").read_text())["files"] == taken
 
 
 def test_reconstruction_is_as_long_as_the_original():
@@ -665,16 +677,23 @@ def test_augmentation_follows_the_curriculum_and_stays_out_of_evaluation():
 
 def test_masks_hide_codebooks_frames_and_bands_within_the_utterance():
     lengths, ones = torch.tensor([100] * 20 + [200] * 20), torch.ones(40, 200, 8)
-    spans = Augment().spans(200, lengths, 3, lengths / 4)               # (B, 3, T)
+    spans = Augment().spans(200, lengths, 300, lengths / 4)             # (B, n, T)
     assert (spans.sum(2) <= 0.25 * lengths[:, None] + 1).all() and not spans[:20, :, 100:].any()
+    close(spans.float().mean() / 0.75, torch.tensor(0.125), 0.01)       # half as wide on average
+    at = (spans * torch.arange(200)).sum(2) / spans.sum(2)
+    close(at[20:].nanmean(), torch.tensor(99.5), 2.0)                   # anywhere
     hidden = Augment(codebook_masks=1).visible(make_tokens(40, 200, 4), lengths) == 0
     assert (hidden.any(1).sum(1) <= 1).all() and 0.1 < hidden[20:].float().mean() * 4 < 0.4
     for masks, dim in ((Augment(time_masks=4), 2), (Augment(feature_masks=1), 1)):
         emb = masks.hide(ones, lengths)
         assert (emb.amax(dim) == emb.amin(dim)).all() and 0.01 < (emb == 0).float().mean() < 0.33
+    longest = Augment(time_masks=1, longest_mask=2.0).hide(ones, lengths)
+    assert (longest == 0).any(2).sum(1).max() == 2
     noisy = Augment(noisy_embedding=0.3).hide(torch.zeros(40, 200, 8), lengths)
-    changed = Augment(replace=0.3).replace_codes(torch.zeros(9, 900, 8).long(), 1000) != 0
-    close(torch.stack([noisy.std(), changed.float().mean()]), torch.tensor([0.3, 0.3]), 0.02)
+    close(torch.stack([noisy.mean(), noisy.std()]), torch.tensor([0.0, 0.3]), 0.01)
+    codes = Augment(replace=0.3).replace_codes(torch.full((9, 900, 8), -1), 1000)
+    close((codes >= 0).float().mean(), torch.tensor(0.3), 0.01)
+    close(codes[codes >= 0].float().mean(), torch.tensor(499.5), 10.0)
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -736,7 +755,8 @@ def test_learning_rates_at_a_few_steps():
     args = codec.parse(["--steps", "1000"])
     rates = [codec.learning_rate(step, args) for step in (0, 49, 99, 100, 500, 1000)]
     close(torch.tensor(rates), torch.tensor([1e-5, 4.972e-4, 9.77e-4, 9.768e-4, 5.25e-4, 5e-5]), 1e-6)
-    rates = [train_asr.learning_rate(step, step / 2000, 300) for step in (0, 150, 299, 300, 1000, 2000)]
+    steps = 0, 150, 299, 300, 1000, 2000
+    rates = [train_asr.share_of_peak(step, step / 2000, 300) for step in steps]
     close(torch.tensor(rates), torch.tensor([1 / 300, 0.4965, 0.9459, 0.9455, 0.5, 0.0]), 1e-3)
     (muon, *_), (others, tables) = (item.param_groups for item in train_asr.make_optimizers(
         make_asr(), train_asr.parse(["--lr", "1"])))
@@ -1093,6 +1113,31 @@ def test_the_next_command_continues_the_run():
         assert STAGES[name] is stage and args | expected == args
         more = ["--epochs", 1] if stage is train_asr else []
         printed = run(stage, *shlex.split(flags), *more)
+
+
+def test_numbers_of_the_pages_are_those_of_the_study():
+    run(study, "tables")
+    known = (HOME / "results" / "tables.md").read_text("utf-8").replace("+", "")
+    for page in ("README.md", "results/README.md"):
+        for number in re.findall(r"[\d.]+ \([\d.]+-[\d.]+\)", (HOME / page).read_text("utf-8")):
+            assert number in known, f"{page}: {number}"
+
+
+def test_own_report_is_drawn_and_the_codebook_that_spells_is_found():
+    report = Path(new_folder() / "report.json")
+    report.write_text(json.dumps(ask("report", "--asr", letter_asr())))
+    if importlib.util.find_spec("matplotlib"):
+        assert "learning.png" in run(study, "figures", report)
+        assert report.with_name("learning.png").stat().st_size > 5000
+    on_time = Recognizer.log_probs
+    for late in 0, 2:           # frames after the letter that the recognizer writes it
+        with (mock.patch.object(Recognizer, "log_probs", lambda *a: on_time(*a).roll(late, 1)),
+              mock.patch.object(study, "save", lambda *saved: found.append(saved))):
+            found = []
+            run(study, "content", letter_asr())
+        ((_, entries),) = found
+        first, second = entries[str(letter_asr())]["character"]
+        assert first > 1.2 and abs(second) < 0.3, (late, first, second)
 
 
 def test_published_weights_read_the_sample_as_before():

@@ -287,8 +287,8 @@ def save_array(path: Path, array: np.ndarray):
     os.replace(temporary, path)
 
 
-def encode(front_end: FrontEnd, utterances: list[Utterance], noise: Noise, folder: Path,
-           workers: int):
+def encode_subset(front_end: FrontEnd, utterances: list[Utterance], noise: Noise, folder: Path,
+                  workers: int):
     """Write folder/<id>.npy for each utterance without one, and say what cannot be read."""
     folder.mkdir(parents=True, exist_ok=True)
     todo = [item for item in utterances if not (folder / f"{item.id}.npy").exists()]
@@ -345,7 +345,7 @@ def tokenize(args):
             noise = Noise(args.noise, args.snr, utterances, args.seed)
             if subset in corpus["train"]:
                 utterances = with_copies(utterances, args)
-            encode(front_end, utterances[rank::world], noise, out / subset, args.workers)
+            encode_subset(front_end, utterances[rank::world], noise, out / subset, args.workers)
             if world > 1:
                 dist.barrier()
             if rank == 0:

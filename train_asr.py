@@ -328,8 +328,8 @@ def unit_prior(model: CodecASR, data: TrainSet, device) -> Tensor:
 
 # --------------------------------------------------------------------------------------- training
 
-def learning_rate(step: int, progress: float, warmup: float) -> float:
-    """Share of the peak rate: a warm-up, under half a cosine from 1 down to 0.
+def share_of_peak(step: int, progress: float, warmup: float) -> float:
+    """Of the learning rate: a warm-up, under half a cosine from 1 down to 0.
 
     progress: share of the training that is done, 0 to 1. A warm-up of less than 1,000 steps can
     leave CTC where it starts, predicting nothing but blanks.
@@ -353,7 +353,7 @@ def check_same_tokens(path: str | Path, trained: dict, tokens: str | Path, found
                              f"{found[name]}: give its own tokens or codec, or another run")
 
 
-def resume(path: Path, args, meta: dict) -> dict | None:
+def resume_recognizer(path: Path, args, meta: dict) -> dict | None:
     """The state of a run that began with the same flags and tokens; --epochs may grow."""
     if not path.exists():
         return None
@@ -374,7 +374,7 @@ def train(args):
                 raise ValueError(f"--{name.replace('_', '-')} has no effect on {meta['features']}")
     # The checkpoint names its codec relative to itself.
     meta["codec_path"] = os.path.relpath(Path(args.tokens) / meta["codec_path"], out)
-    saved = resume(out / "resume.pt", args, meta)
+    saved = resume_recognizer(out / "resume.pt", args, meta)
     data = TrainSet(args, meta, saved["text"] if saved else None)
     dev = TokenSet(args.tokens, meta["dev"], args.codebooks)
     model = start_model(args, meta, data).to(device)
@@ -403,7 +403,7 @@ def train(args):
         for number, group in enumerate(tqdm(groups, f"epoch {epoch + 1}/{args.epochs}", leave=False,
                                             disable=True if rank else None)):
             progress = (epoch + number / len(groups)) / args.epochs
-            rate = learning_rate(step, progress, warmup)
+            rate = share_of_peak(step, progress, warmup)
             model.augment.strength = ramp(step, args)
             # The same draws as without a resume.
             torch.manual_seed((args.seed * 1_000_000 + step) * world + rank)

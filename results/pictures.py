@@ -1,0 +1,196 @@
+"""Draws study.json, or a report of your own: python -m results.study figures [REPORT.json ...]
+
+A row, from study.py: the question, what a run is called there, the run, what it is compared with.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from results.study import difference, read, rows_of
+
+try:
+    import matplotlib
+    from matplotlib.figure import Figure
+    from PIL import Image
+except ImportError:
+    raise ValueError("figures needs pip install matplotlib")
+
+matplotlib.rcParams["font.size"] = 12
+# Okabe and Ito's colors, which color-blind readers tell apart.
+COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00"
+CER = "character error rate, %"
+FAR = 10        # larger differences are written as numbers
+# Where the name of a language may stand beside its point, the nearest first, in points of CER.
+SPOTS = np.array([(0, 2), (0, -2), (2, 0), (-2, 0), (2, 2), (-2, -2), (2, -2), (-2, 2)])
+SPOTS = np.concatenate([SPOTS, 2 * SPOTS, 4 * SPOTS])
+
+
+def draw(path: Path):
+    """Draw all that this report has numbers for, beside it."""
+    report = read(path)
+
+    def rows(section, question):
+        """Runs that the study does not list, your own, answer each question as far as they can."""
+        entries = report.get(section, {})
+        listed = [row for row in rows_of(entries) if row[0] == question]
+        return listed or [(question, name, entry, None) for name, entry in entries.items()]
+
+    figures = {
+        "learning": draw_lines(rows("runs", "headline"), learning, "epoch", CER,
+                               "Learning curves on dev speech, lower is better"),
+        "bits": draw_lines(rows("runs", "bits"), bits, "kbit per second", CER,
+                           "Error rate by bits, lower is better"),
+        "noise": draw_lines(rows("runs", "noise"), noise, "dB", CER,
+                            "Error rate by signal-to-noise ratio, lower is better"),
+        "codecs": draw_lines(rows("codecs", "codecs"), distance, "training step", "mel distance",
+                             "How well codecs reproduce training speech, lower is better"),
+        "content": draw_lines(rows("content", "content"), revealed, "codebook", "bits",
+                              "What the code of each codebook reveals"),
+        "languages": draw_languages(rows("runs", "languages")),
+        "questions": draw_questions(report.get("runs", {})),
+    }
+    for name, fig in figures.items():
+        if fig:
+            picture = path.with_name(f"{name}.png")
+            fig.savefig(picture)
+            Image.open(picture).quantize(64).save(picture)          # a third of the bytes
+            print(f"wrote {picture}")
+
+
+def canvas(title, width, height, columns=1):
+    """-> figure, its axes beside each other."""
+    fig = Figure((width, height), dpi=100, layout="constrained")
+    fig.suptitle(title)
+    return fig, fig.subplots(1, columns, sharey=True, squeeze=False)[0]
+
+
+# ------------------------------------------------------------------------------------------ lines
+
+def draw_lines(rows, points, xlabel, ylabel, title):
+    """A line for each run; points(run) yields (panel, x, y). Runs whose labels agree before a colon
+    share a color, and with the same seed a line."""
+    panels = {}             # panel: {(label, seed): [(x, y)]}
+    for _, label, run, _ in rows:
+        key = label.split(":")[0], run["flags"]["seed"]
+        for panel, x, y in points(run):
+            panels.setdefault(panel, {}).setdefault(key, []).append((x, y))
+    if not panels:
+        return None
+    fig, axes = canvas(title, 5 + 1.5 * len(panels), 5, len(panels))
+    colors = {}
+    for axis, (panel, lines) in zip(axes, panels.items()):
+        for (label, _), line in lines.items():
+            color = colors.setdefault(label, COLORS[len(colors) % len(COLORS)])
+            axis.plot(*zip(*sorted(line)), "o-", color=color, label=label)
+        axis.set(title=panel, xlabel=xlabel)
+        if points == noise:
+            axis.set_xticks([0, 10, 20, CLEAN], ["0", "10", "20", "clean"])
+    axes[0].set_ylabel(ylabel)
+    handles, labels = axis.get_legend_handles_labels()
+    legend = dict(zip(labels, handles))                 # each label once
+    fig.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=2)
+    return fig
+
+
+def learning(run):
+    for row in run["log"]:
+        yield "", row["epoch"], 100 * row["dev_cer"]
+
+
+def distance(codec):
+    for row in codec.get("log", [])[-50:]:              # without the steep first steps
+        yield "", row["step"], row["mel"]
+
+
+def revealed(run):
+    for kind in ("character", "speaker"):
+        for level, found in enumerate(run[kind], 1):
+            yield f"of the {kind}", level, found
+
+
+def bits(run):
+    """Log-mel, which has no bits, becomes a horizontal line."""
+    cer = 100 * next(iter(run["test"].values()))["cer"]
+    for kbits in [run["bitrate"] / 1000] if run["bitrate"] else [0, 7]:
+        yield "", kbits, cer
+
+
+CLEAN = 30      # where clean speech stands on the axis of signal-to-noise ratios
+
+
+def noise(run):
+    for test in run["test"].values():
+        if test["noise"]:
+            kind = "recorded sounds" if "/" in test["noise"] else f"{test['noise']} noise"
+            yield kind, test["snr"], 100 * test["cer"]
+            yield kind, CLEAN - 5, np.nan               # which no line crosses
+            yield kind, CLEAN, 100 * run["test"][test["subset"]]["cer"]
+
+
+# ----------------------------------------------------------------------------------------- others
+
+def draw_languages(rows):
+    """Each language by its CER in two runs, the first ones of the first two labels."""
+    found = {}
+    for _, label, run, _ in rows:
+        for test in run["test"].values():
+            if "cer_by_language" in test:
+                found.setdefault(label.split(":")[0], test["cer_by_language"])
+    if len(found) < 2:
+        return None
+    (y, ours), (x, theirs) = [*found.items()][:2]
+    fig, (axis,) = canvas(f"Error rate by language: below the line, {y} are better", 8, 8)
+    axis.axline((50, 50), slope=1, color="gray", linewidth=1)
+    points = 100 * np.array([(theirs[lang], cer) for lang, cer in ours.items()])
+    taken = [*points]
+    for lang, point in zip(ours, points):
+        room = [np.abs(taken - spot).max(1).min() for spot in point + SPOTS]
+        spot = point + SPOTS[np.argmax(np.minimum(room, 2.5))]     # the nearest with room enough
+        taken.append(spot)
+        axis.plot(*zip(point, spot), color="0.7", linewidth=1, zorder=1)
+        axis.text(*spot, lang.split("-")[0], ha="center", va="center", size=11)
+    axis.plot(*points.T, ".", color=COLORS[0])
+    axis.set(xlabel=f"{x}: {CER}", ylabel=f"{y}: {CER}")
+    return fig
+
+
+def draw_questions(runs):
+    """The difference of each run from its reference, in CER on test-clean."""
+    test, apart = "test-clean", [0]
+    for name, run in runs.items():
+        seeds = [run, runs.get(f"{name}-1", run)]
+        if all(test in seed["test"] for seed in seeds):
+            apart.append(100 * np.ptp([seed["test"][test]["cer"] for seed in seeds]))
+    answers, seen = {}, []
+    for question, label, run, base in rows_of(runs):
+        if base and run not in seen and test in run["test"] and test in base["test"]:
+            seen.append(run)
+            answers.setdefault(question, []).append((label, run, base))
+    if not answers:
+        return None
+
+    fig, (axis,) = canvas("What changes the error rate?", 8, 3 + len(seen) / 4)
+    axis.axvspan(-max(apart), max(apart), color="0.88")
+    axis.axvline(0, color="black", linewidth=1)
+    names = []
+    for question, rows in answers.items():
+        names.append(question)
+        for label, run, base in rows:
+            middle, low, high = difference(run, base, test)
+            if middle > FAR:
+                axis.text(FAR, len(names), f"{middle:+.0f} ▶", ha="right", va="center")
+            else:
+                axis.plot([low, high], 2 * [len(names)], linewidth=2, color=COLORS[0])
+                axis.plot(middle, len(names), "o", color=COLORS[0])
+            names.append(label + ", seed 1" * run["flags"]["seed"])
+    axis.set_yticks(range(len(names)), names)
+    for name in axis.get_yticklabels():
+        if name.get_text() in answers:
+            name.set_weight("bold")
+    axis.set(xlim=(None, FAR), ylim=(len(names), -1))
+    fig.supxlabel("points of character error rate (test-clean) more than the reference, which is\n"
+                  "RVQ tokens of the mel encoder unless a row says otherwise: left is better.\n"
+                  "Lines: 95 % intervals. Gray: two seeds of a command differ by up to "
+                  f"{max(apart):.1f}.", size=12)
+    return fig

@@ -1,0 +1,371 @@
+"""The study: its numbers in one file, its tables and pictures, what each codebook reveals, speed.
+
+in   runs/*/eval/report.json        written by evaluate.py (or compare.json), by codec.py, and by
+                                    `content` and `benchmark`
+out  results/study.json             every run by its folder, one per line
+     results/tables.md, *.png       computed from it; pictures.py draws
+
+    python -m results.study collect runs/study/*/eval/report.json
+    python -m results.study tables
+    python -m results.study figures                             # the pictures in results/
+    python -m results.study figures runs/eval/report.json       # those of your own runs, beside it
+    python -m results.study content runs/study/baseline runs/study/fsq --test test-clean
+    python -m results.study benchmark
+
+Run these at the top of the repository. study.sh holds the commands that made the runs.
+
+study.json has `runs`: flags, meta, bitrate, log (the learning curve) and, for each test, the
+summary of evaluate.py with its command, commit, machine and seed. All rates and intervals follow
+from its `by_speaker`: word errors, words, character errors, characters. Likewise `codecs`,
+`content` and `benchmark`. `trials` are those from which the training recipe was chosen.
+"""
+
+import json
+import re
+import sys
+import timeit
+from argparse import ArgumentParser
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+import torch
+from torchaudio.functional import forced_align
+from tqdm import tqdm
+
+from asr_model import CodecASR
+from codec import (SAMPLE_RATE, Codec, HelpPage, LogMel, load_checkpoint,
+                   mel_window, read_audio, run_stage, write_atomically)
+from evaluate import Recognizer, origin, percent, rate, resampled, table
+from train_asr import TokenSet, frames_needed
+
+STUDY_FILE = Path(__file__).with_name("study.json")
+
+# Each row is an answer: the question, what a run is called there, its folder, and the folder of
+# the run that it is compared with. A folder that ends in -1 holds the same run with seed 1.
+STUDY = """
+headline            tokens: against log-mel         runs/headline/asr          runs/headline/asr-mel
+headline            log-mel                         runs/headline/asr-mel      -
+quick run           tokens: against log-mel         runs/mini/asr              runs/mini/asr-mel
+quick run           log-mel                         runs/mini/asr-mel          -
+embedding tables    start as codebooks              runs/study/baseline        -
+embedding tables    start as shuffled codebooks     runs/study/shuffled        runs/study/baseline
+embedding tables    start at random                 runs/study/random          runs/study/baseline
+embedding tables    codebooks, never trained        runs/study/frozen          runs/study/baseline
+sum of embeddings   side by side instead            runs/study/stack           runs/study/baseline
+input               log-mel instead of tokens       runs/study/log-mel         runs/study/baseline
+input               latent instead of tokens        runs/study/latent          runs/study/baseline
+bits                first codebooks alone: 1        runs/study/codebooks-1     runs/study/baseline
+bits                first codebooks alone: 2        runs/study/codebooks-2     runs/study/baseline
+bits                first codebooks alone: 4        runs/study/codebooks-4     runs/study/baseline
+bits                first codebooks alone: all 8    runs/study/baseline        -
+bits                256 codes in each codebook      runs/study/256             runs/study/baseline
+bits                4,096 codes in each codebook    runs/study/4096            runs/study/baseline
+bits                80 frames per second            runs/study/80hz            runs/study/baseline
+bits                log-mel                         runs/study/log-mel         -
+steps of the codec  1, so hardly trained            runs/study/steps-1         runs/study/baseline
+steps of the codec  1,500                           runs/study/steps-1500      runs/study/baseline
+steps of the codec  3,000                           runs/study/steps-3000      runs/study/baseline
+steps of the codec  6,000                           runs/study/baseline        -
+steps of the codec  12,000                          runs/study/steps-12000     runs/study/baseline
+codec               mel encoder, RVQ                runs/study/baseline        -
+codec               mel encoder, FSQ                runs/study/fsq             runs/study/baseline
+codec               time encoder, RVQ               runs/study/time            runs/study/baseline
+codec               time encoder, FSQ               runs/study/time-fsq        runs/study/baseline
+masks               the default ones                runs/mini/asr              runs/study/baseline
+noise               tokens                          runs/study/baseline        -
+noise               tokens, trained in pink noise   runs/study/pink            runs/study/baseline
+noise               log-mel                         runs/study/log-mel         -
+noise               log-mel, trained in pink noise  runs/study/pink-log-mel    -
+noise, others       log-mel, both trained in noise  runs/study/pink-log-mel    runs/study/pink
+noisy embedding     strength 0.3                    runs/study/noisy-0.3       runs/study/baseline
+noisy embedding     strength 1                      runs/study/noisy-1         runs/study/baseline
+noise, others       noisy embedding, 0.3            runs/study/noisy-0.3       runs/study/baseline
+noise, others       noisy embedding, 1              runs/study/noisy-1         runs/study/baseline
+languages           tokens: against log-mel         runs/lang/asr              runs/lang/asr-mel
+languages           log-mel                         runs/lang/asr-mel          -
+codecs              mel encoder, RVQ                runs/mini/codec            -
+codecs              mel encoder, FSQ                runs/study/codec-fsq       -
+codecs              time encoder, RVQ               runs/study/codec-time      -
+codecs              time encoder, FSQ               runs/study/codec-time-fsq  -
+content             RVQ                             runs/study/baseline        -
+content             FSQ                             runs/study/fsq             -
+quick run           tokens: against log-mel         runs/quick/rvq             runs/quick/mel
+quick run           log-mel                         runs/quick/mel             -
+quick run           log-mel, 100 Hz to 25           runs/quick/mel10           runs/quick/mel
+quick run           latent of FSQ, not its codes    runs/quick/latent          runs/quick/fsq-3
+quick run           9.5 hours of speech, not 5.3    runs/more/asr              runs/quick/rvq
+embedding tables    start as codebooks              runs/old/baseline          -
+embedding tables    start at random                 runs/old/random            runs/old/xeon
+embedding tables    start at random                 runs/old/random-1          runs/old/baseline-1
+embedding tables    start at random, no masks       runs/old/random-no-masks   runs/old/no-masks
+embedding tables    codebooks, never trained        runs/old/frozen            runs/old/baseline
+sum of embeddings   side by side instead            runs/old/stack             runs/old/baseline
+input               log-mel instead of tokens       runs/old/log-mel           runs/old/xeon
+bits                first codebooks alone: 1        runs/old/codebooks-1       runs/old/baseline
+bits                first codebooks alone: 2        runs/old/codebooks-2       runs/old/baseline
+bits                first codebooks alone: 4        runs/old/codebooks-4       runs/old/baseline
+bits                first codebooks alone: all 8    runs/old/baseline          -
+bits                256 codes in each codebook      runs/old/256               runs/old/baseline
+bits                4,096 codes in each codebook    runs/old/4096              runs/old/baseline
+bits                80 frames per second            runs/old/80hz              runs/old/baseline
+bits                log-mel                         runs/old/log-mel           -
+steps of the codec  12,000, headline                runs/headline/asr-12k      runs/headline/asr
+steps of the codec  12,000, quick run               runs/quick/rvq-12k         runs/quick/rvq
+steps of the codec  12,000, 6 epochs                runs/old/steps-12000       runs/old/xeon
+codec               mel encoder, FSQ                runs/quick/fsq             runs/quick/rvq
+codec               mel encoder, FSQ, penalty 3     runs/quick/fsq-3           runs/quick/rvq
+codec               time encoder, RVQ               runs/old/time              runs/old/baseline
+codec               time encoder, FSQ               runs/old/time-fsq          runs/old/baseline
+masks               none                            runs/old/no-masks          runs/old/baseline
+masks               none, 12 epochs                 runs/old/no-masks-12       runs/old/masks-12
+masks               none, 12 epochs                 runs/old/no-masks-12-1     runs/quick/rvq-1
+masks               only those of time              runs/old/time-masks        runs/old/baseline
+masks               only those of codebooks         runs/old/codebook-masks    runs/old/baseline
+masks               only those of features          runs/old/feature-masks     runs/old/baseline
+noisy embedding     strength 0.3                    runs/old/noisy-0.3         runs/old/baseline
+noisy embedding     strength 1                      runs/old/noisy-1           runs/old/xeon
+noisy embedding     5 % of codes replaced           runs/old/replace           runs/old/baseline
+noise               tokens                          runs/old/xeon              -
+noise               tokens                          runs/old/baseline-1        -
+noise               tokens, trained in pink noise   runs/old/pink              runs/old/xeon
+noise               tokens, trained in pink noise   runs/old/pink-1            runs/old/baseline-1
+noise               log-mel                         runs/old/log-mel           -
+noise               log-mel, trained in pink noise  runs/old/log-mel-pink      -
+noise, others       log-mel, both trained in noise  runs/old/log-mel-pink      runs/old/pink
+noise, others       noisy embedding, 0.3            runs/old/noisy-0.3         runs/old/xeon
+noise, others       noisy embedding, 1              runs/old/noisy-1           runs/old/xeon
+noise, others       no masks                        runs/old/no-masks          runs/old/xeon
+noise, others       no masks, 12 epochs             runs/old/no-masks-12       runs/old/masks-12
+noise, others       time masks                      runs/old/time-masks        runs/old/xeon
+noise, others       feature masks                   runs/old/feature-masks     runs/old/xeon
+noise, others       5 % of codes replaced           runs/old/replace           runs/old/xeon
+noise, others       time encoder                    runs/old/time              runs/old/xeon
+languages           tokens: against log-mel         runs/cv/small              runs/cv/small-mel
+languages           log-mel                         runs/cv/small-mel          -
+languages, tiny     tokens: against log-mel         runs/cv/asr                runs/cv/asr-mel
+languages, tiny     log-mel                         runs/cv/asr-mel            -
+languages, tiny     tokens, with a language token   runs/cv/lang               runs/cv/asr
+languages, tiny     tokens, no Spanish or Turkish   runs/cv/zero               runs/cv/asr
+languages, tiny     tokens, mini-LibriSpeech too    runs/cv/mix                runs/cv/asr
+synthetic speech    tokens                          runs/asr                   -
+codecs              time encoder, RVQ               runs/old/codec-time        -
+codecs              time encoder, FSQ               runs/old/codec-time-fsq    -
+content             RVQ                             runs/quick/rvq             -
+content             FSQ                             runs/quick/fsq             -
+"""
+
+
+# ------------------------------------------------------------------------------------- study.json
+
+def read(path):
+    return json.loads(path.read_text("utf-8"))
+
+
+def collect(args):
+    """Add reports to study.json, in the place of older numbers of the same runs and tests."""
+    study = read(STUDY_FILE)
+    for path in map(Path, args.paths):
+        report = read(path)
+        if "mel_distance" in report:            # of a codec, whose flags and log are beside it
+            saved = load_checkpoint(path.with_name("codec.pt"), "codec")
+            codec = report | {"flags": saved["flags"], "log": saved["log"]}
+            report = {"codecs": {str(path.parent): codec}}
+        for name, run in report.pop("runs", {}).items():
+            add_run(study["runs"], name.removesuffix("/asr.pt"), run, made=report)
+        for section in study.keys() & report.keys():
+            study[section] |= report[section]
+    # One run per line, so that git shows what changed.
+    text = json.dumps(study, sort_keys=True).replace('}, "runs/', '},\n"runs/')
+    write_atomically(STUDY_FILE, text.encode())
+    print(f"wrote {STUDY_FILE}: {len(study['runs'])} runs")
+
+
+def add_run(runs, name, run, made):
+    """made: command, commit, machine and seed of its tests. Other tests of this run stay; those of
+    an earlier run of the same name go."""
+    lm = ", with LM" if " --lm " in made["command"] else ""
+    tests = {test + lm: found | made for test, found in run["test"].items()}
+    if name in runs and runs[name]["log"] == run["log"]:
+        tests = runs[name]["test"] | tests
+    runs[name] = run | {"test": tests}
+
+
+def rows_of(entries):
+    """A section of study.json -> question, label, entry, what it is compared with or None."""
+    for line in STUDY.strip().splitlines():
+        question, label, name, base = re.split("  +", line)
+        for seed in ("", "-1"):
+            other = entries.get(base + seed)
+            if name + seed in entries and (other or base == "-"):
+                yield question, label, entries[name + seed], other
+
+
+# ----------------------------------------------------------------------------------------- tables
+
+def difference(run, base, test, words=False):
+    """CER (or WER) of a run minus that of another, and its 95 % interval, in points.
+
+    Speakers are resampled together.
+    """
+    columns = slice(2) if words else slice(2, 4)
+    ours, theirs = [np.array([*found["test"][test]["by_speaker"].values()])[:, columns]
+                    for found in (run, base)]
+    speakers = np.arange(len(ours))
+    spread = resampled(ours, speakers, 0) - resampled(theirs, speakers, 0)
+    return [100 * (rate(ours) - rate(theirs)), *np.percentile(100 * spread, [2.5, 97.5])]
+
+
+def tables(args):
+    """Print a table for each question, and write them to results/tables.md."""
+    answers = {}            # question: rows of its table
+    for question, label, run, base in rows_of(read(STUDY_FILE)["runs"]):
+        if question == "content":
+            continue
+        # Noise is measured on every fourth utterance.
+        subsets = ["test-quarter"] if question.startswith("noise") else ["test-clean", "test"]
+        for test, found in run["test"].items():
+            if found["subset"] not in subsets or found["snr"] not in (None, 10):
+                continue
+            words, minus = test.endswith("LM"), ""
+            if base and test in base["test"]:
+                middle, low, high = difference(run, base, test, words)
+                minus = f"{'WER' if words else 'CER'} {middle:+z.1f} ({low:+z.1f} to {high:+z.1f})"
+            row = [f"{label}, seed {run['flags']['seed']}", test, percent(found, "wer"),
+                   percent(found, "cer"), minus]
+            answers.setdefault(question, []).append(row)
+    header = ["run", "test", "WER % (95 %)", "CER % (95 %)", "minus its reference (95 %)"]
+    pages = [f"## {question}\n\n{table(header, rows)}" for question, rows in answers.items()]
+    write_atomically(STUDY_FILE.with_name("tables.md"), "\n".join(pages).encode())
+    print(*pages, sep="\n")
+
+
+def figures(args):
+    """Draw study.json into results/, or each of the given reports beside it."""
+    from results import pictures            # which needs matplotlib
+    for path in args.paths or [STUDY_FILE]:
+        pictures.draw(Path(path))
+
+
+# -------------------------------------------------------------------------- what codebooks reveal
+
+def content(args):
+    """Measure what each codebook reveals about the character being said, and about the speaker."""
+    runs = {path: Recognizer(path) for path in args.paths}
+    for path, run in runs.items():
+        if not run.meta["codebooks"] or run.flags["subsampling"] > 1:
+            raise ValueError(f"{path}: content needs a run on tokens, without subsampling")
+    found = {path: origin(args) | codebook_bits(run, args.test) for path, run in runs.items()}
+    save("content", found)
+
+
+def codebook_bits(run, test):
+    """Mutual information of the code of each codebook and a label, in bits.
+
+    The labels are those of frames in which the recognizer, by forced alignment, writes a
+    character, which may be later than it was said. One half of the utterances shows after which
+    delay, of 0 to 4 frames, a code reveals most; the other half is measured.
+    """
+    data, parts = TokenSet(run.flags["tokens"], test or run.meta["test"]), []
+    speakers = sorted({row["speaker"] for row in data.rows})
+    order = np.random.default_rng(0).permutation(len(data.rows))
+    for i in tqdm(order, f"aligning {run.path}", disable=None):
+        row, array = data.rows[i], data.arrays[i]
+        target = torch.tensor(run.units.encode(row["text"]))
+        target = target[target != 0]
+        if 0 < frames_needed(target) <= len(array):
+            path = forced_align(run.log_probs(array), target[None])[0][0]           # (T,)
+            at = path.nonzero()[:, 0]                                               # (N,)
+            delayed = [array[(at - delay).clamp(min=0)] for delay in range(5)]      # (N, Q) each
+            speaker = torch.full_like(at, speakers.index(row["speaker"]))
+            parts.append((torch.stack(delayed, 1), path[at], speaker))
+    codes, characters, speakers = map(torch.cat, zip(*parts))           # (N, 5, Q), (N,), (N,)
+    half, found = len(codes) // 2, {"flags": run.flags}
+    for kind, labels in (("character", characters), ("speaker", speakers)):
+        found[kind] = []
+        for code in codes.long().unbind(2):                                         # (N, 5)
+            tried = [information(delayed, labels[:half]) for delayed in code[:half].T]
+            found[kind].append(information(code[half:, np.argmax(tried)], labels[half:]))
+        print(f"{run.path}, bits about the {kind}:", *np.round(found[kind], 2))
+    return found
+
+
+def information(codes, labels):
+    """Bits that codes and labels share, less what other utterances' labels seem to share."""
+    return entropy(codes, labels.roll(len(labels) // 2)) - entropy(codes, labels)
+
+
+def entropy(codes, labels):
+    counts = (codes * 2**16 + labels).unique(return_counts=True)[1]
+    share = counts / counts.sum()
+    return -(share * share.log2()).sum().item()
+
+
+# ------------------------------------------------------------------------------------------ speed
+
+def benchmark(args):
+    """Measure seconds of speech per second on the CPU: encoding, training on tokens and log-mel."""
+    wav, speeds = 0.05 * torch.randn(1, 60 * SAMPLE_RATE), {}
+    for encoder in ("mel", "time"):
+        for quantizer in ("fsq", "rvq"):
+            codec = Codec(encoder, quantizer).eval()
+            speeds[f"encoding, {encoder} {quantizer}"] = speed(lambda: codec.encode(wav))
+    Path("runs").mkdir(exist_ok=True)
+    flac, array = "runs/minute.flac", "runs/minute.npy"
+    sf.write(flac, wav[0].numpy(), SAMPLE_RATE)
+    np.save(array, np.random.randint(1000, size=(6, 400, 8)))
+    for name, codebooks, hop, subsampling in (
+            ("tokens from disk, 40 frames per second", 8, 400, 1),
+            ("log-mel from audio, 40 frames per second", 0, 400, 1),
+            ("log-mel from audio, 100 frames per second", 0, 160, 1),
+            ("log-mel from audio, 100 frames per second, subsampled to 25", 0, 160, 4)):
+        mel = LogMel(mel_window(hop), hop, 80)
+        model = CodecASR(32, codebooks, 1000, 80, "sum", "tiny", subsampling)
+
+        def step():
+            """Forward and backward pass on six pieces of ten seconds."""
+            batch = (torch.from_numpy(np.load(array)) if codebooks
+                     else mel(read_audio(flac).view(6, -1)).mT)
+            log_probs, _ = model(batch, torch.full((6,), batch.shape[1]))
+            log_probs.square().mean().backward()
+        speeds[f"training, {name}"] = speed(step)
+    print(table(["seconds of speech per second", ""], speeds.items()))
+    save("benchmark", {origin(args)["machine"]: origin(args) | speeds})
+
+
+def speed(function):
+    """Seconds of speech per second of a function that takes in a minute."""
+    return round(60 / min(timeit.repeat(function, number=1)))
+
+
+def save(section, entries):
+    path = Path(f"runs/{section}.json")
+    write_atomically(path, json.dumps({section: entries}).encode())
+    print(f"wrote {path}")
+
+
+# -------------------------------------------------------------------------------------------- main
+
+def parse(arguments=None):
+    parser = ArgumentParser("python -m results.study", description=__doc__,
+                            formatter_class=HelpPage)
+    commands = parser.add_subparsers(metavar="WHAT", required=True)
+    for stage in (collect, tables, figures, content, benchmark):
+        command = commands.add_parser(stage.__name__, help=stage.__doc__)
+        command.set_defaults(stage=stage, seed=0)
+        if stage in (collect, figures, content):
+            command.add_argument("paths", nargs="*" if stage == figures else "+",
+                                 help="recognizers, for content; else reports")
+        if stage == content:
+            command.add_argument("--test", nargs="+", help="subsets, if not those of the tokens")
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    args = parse(arguments)
+    sys.argv[:1] = ["-m", "results.study"]      # for the command in a report
+    run_stage(args.stage, args)
+
+
+if __name__ == "__main__":
+    main()

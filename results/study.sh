@@ -1,0 +1,202 @@
+#!/usr/bin/env bash
+# Each run of the study by name, in order: `bash results/study.sh NAME`; without a name, a list.
+# A name stands for one or two hours. The minutes are those of one core of an Intel Xeon with AMX,
+# for both seeds where there are two. Everything goes to runs/; a stopped run continues when it is
+# repeated. Test subsets are those in TEST: TEST="test-clean test-other" bash results/study.sh mini
+#
+# All runs of the study are `tiny`, last 12 epochs, and hide nothing (no masks). Runs from before
+# it, among them the published weights, hid ten spans of time of up to 5 % of an utterance, four
+# codebooks and two bands. Spans are now at most 0.2 s long, so these cannot be repeated exactly.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+mini=(--corpus mini-librispeech --speeds 0.8 0.9 1.1 1.2 --test ${TEST:-test-clean})
+lm=results/mini-librispeech/lm.arpa.gz
+
+codec() {       # NAME, flags: a codec in runs/study/codec-NAME
+    python codec.py --corpus mini-librispeech --quantizer rvq --steps 6000 --batch 16 \
+        --out "runs/study/codec-$1" "${@:2}"
+}
+tokens() {      # NAME, CODEC, flags: tokens in runs/study/tokens-NAME
+    python tokenize_corpus.py "${mini[@]}" --codec "$2/codec.pt" --out "runs/study/tokens-$1" "${@:3}"
+}
+seed() {        # SEED, RUN, TOKENS, flags: a recognizer in RUN, and its report in RUN/eval
+    python train_asr.py --seed "$1" --out "$2" --tokens "$3" "${@:4}"
+    python evaluate.py --asr "$2" --out "$2/eval"
+}
+seeds() {       # RUN, TOKENS, flags: seed 0 in RUN, seed 1 in RUN-1
+    seed 0 "$1" "${@:2}"
+    seed 1 "$1-1" "${@:2}"
+}
+asr() {         # NAME, TOKENS, flags: the study's recognizer, in runs/study/NAME and NAME-1
+    seeds "runs/study/$1" "$2" --epochs 12 --time-masks 0 --feature-masks 0 "${@:3}"
+}
+noise() {       # TOKENS, RUN ...: in noise, on every fourth utterance
+    awk 'NR % 4 == 1' "$1/test-clean.jsonl" > "$1/test-quarter.jsonl"
+    for run in "${@:2}"; do         # data/noise/test: recorded sounds, ours 20 clips of ESC-10
+        python evaluate.py --asr "$run" --out "$run/eval-noise" --test test-quarter \
+            --noise white pink babble data/noise/test
+    done
+}
+
+case ${1-} in
+mini)           # 45: codec, tokens and log-mel that most runs below use
+    python codec.py --corpus mini-librispeech --quantizer rvq --steps 6000 --batch 16 \
+        --out runs/mini/codec
+    python tokenize_corpus.py "${mini[@]}" --codec runs/mini/codec/codec.pt --out runs/mini/tokens
+    python tokenize_corpus.py "${mini[@]}" --features mel --out runs/mini/mel
+    ;;
+headline)       # 180: the headline, on tokens
+    seed 0 runs/headline/asr runs/mini/tokens --size small --epochs 30
+    python evaluate.py --asr runs/headline/asr --lm $lm --out runs/headline/asr/eval-lm
+    ;;
+headline-mel)   # 170: the headline, on log-mel
+    seed 0 runs/headline/asr-mel runs/mini/mel --size small --epochs 30
+    python evaluate.py --asr runs/headline/asr-mel --lm $lm --out runs/headline/asr-mel/eval-lm
+    ;;
+quick)          # 80: the quick run of the README, with the default masks
+    seeds runs/mini/asr runs/mini/tokens --epochs 12
+    ;;
+quick-mel)      # 75: the same on log-mel
+    seeds runs/mini/asr-mel runs/mini/mel --epochs 12
+    ;;
+baseline)       # 80: what the others are compared with
+    asr baseline runs/mini/tokens
+    ;;
+log-mel)        # 75: log-mel instead of tokens
+    asr log-mel runs/mini/mel
+    ;;
+latent)         # 80: the latent before the quantizer
+    tokens latent runs/mini/codec --features latent
+    asr latent runs/study/tokens-latent
+    ;;
+shuffled)       # 80: tables start as codebooks, but each code has the row of another one
+    if [ ! -e runs/mini/tokens-shuffled ]; then
+        cp -r runs/mini/tokens runs/mini/tokens-part
+        python - <<'END'
+import numpy as np
+path = "runs/mini/tokens-part/codebooks.npy"                    # (Q, K, D)
+np.save(path, np.random.default_rng(0).permutation(np.load(path), axis=1))
+END
+        mv runs/mini/tokens-part runs/mini/tokens-shuffled
+    fi
+    asr shuffled runs/mini/tokens-shuffled
+    ;;
+random)         # 80: tables start at random, with the mean and deviation of the codebooks
+    asr random runs/mini/tokens --embedding random
+    ;;
+frozen)         # 80: tables stay codebooks
+    asr frozen runs/mini/tokens --embedding frozen
+    ;;
+stack)          # 80: embeddings side by side instead of summed
+    asr stack runs/mini/tokens --aggregate stack
+    ;;
+codebooks-1)    # 80: the first codebook alone
+    asr codebooks-1 runs/mini/tokens --codebooks 1
+    ;;
+codebooks-2)    # 80
+    asr codebooks-2 runs/mini/tokens --codebooks 2
+    ;;
+codebooks-4)    # 80
+    asr codebooks-4 runs/mini/tokens --codebooks 4
+    ;;
+256)            # 115: codebooks of 256 codes
+    codec 256 --codebook-size 256
+    tokens 256 runs/study/codec-256
+    asr 256 runs/study/tokens-256
+    ;;
+4096)           # 125: codebooks of 4,096 codes
+    codec 4096 --codebook-size 4096
+    tokens 4096 runs/study/codec-4096
+    asr 4096 runs/study/tokens-4096
+    ;;
+80hz)           # 130: 80 frames per second, which the recognizer merges in pairs
+    codec 80hz --strides 2 4 5 5
+    tokens 80hz runs/study/codec-80hz
+    asr 80hz runs/study/tokens-80hz --subsampling 2
+    ;;
+steps-1)        # 85: a codec of one training step: random filters, codebooks that fit them
+    codec steps-1 --steps 1
+    tokens steps-1 runs/study/codec-steps-1
+    asr steps-1 runs/study/tokens-steps-1
+    ;;
+steps-1500)     # 95: a codec of 1,500 steps, with a schedule of this length
+    codec steps-1500 --steps 1500
+    tokens steps-1500 runs/study/codec-steps-1500
+    asr steps-1500 runs/study/tokens-steps-1500
+    ;;
+steps-3000)     # 100
+    codec steps-3000 --steps 3000
+    tokens steps-3000 runs/study/codec-steps-3000
+    asr steps-3000 runs/study/tokens-steps-3000
+    ;;
+steps-12000)    # 155
+    codec steps-12000 --steps 12000
+    tokens steps-12000 runs/study/codec-steps-12000
+    asr steps-12000 runs/study/tokens-steps-12000
+    ;;
+fsq)            # 120: FSQ instead of RVQ
+    codec fsq --quantizer fsq
+    tokens fsq runs/study/codec-fsq
+    asr fsq runs/study/tokens-fsq
+    ;;
+time)           # 125: the time-domain encoder, with RVQ
+    codec time --encoder time
+    tokens time runs/study/codec-time
+    asr time runs/study/tokens-time
+    ;;
+time-fsq)       # 125: the time-domain encoder, with FSQ
+    codec time-fsq --encoder time --quantizer fsq
+    tokens time-fsq runs/study/codec-time-fsq
+    asr time-fsq runs/study/tokens-time-fsq
+    ;;
+pink)           # 90: one copy of each utterance in pink noise
+    tokens pink runs/mini/codec --noise pink --snr 0 20
+    asr pink runs/study/tokens-pink
+    ;;
+pink-log-mel)   # 85: the same on log-mel
+    python tokenize_corpus.py "${mini[@]}" --features mel --noise pink --snr 0 20 \
+        --out runs/study/tokens-pink-log-mel
+    asr pink-log-mel runs/study/tokens-pink-log-mel
+    ;;
+noisy-0.3)      # 80: noise on the embedding
+    asr noisy-0.3 runs/mini/tokens --noisy-embedding 0.3
+    ;;
+noisy-1)        # 80
+    asr noisy-1 runs/mini/tokens --noisy-embedding 1
+    ;;
+noise)          # 120: these runs in noise; after baseline, log-mel, pink*, noisy-*
+    noise runs/mini/tokens runs/study/{baseline,noisy-0.3,noisy-1}{,-1}
+    noise runs/mini/mel runs/study/log-mel{,-1}
+    noise runs/study/tokens-pink runs/study/pink{,-1}
+    noise runs/study/tokens-pink-log-mel runs/study/pink-log-mel{,-1}
+    ;;
+lang)           # 170: 46 languages on tokens; README.md says what data/commonvoice is
+    python tokenize_corpus.py --corpus data/commonvoice --speeds 0.8 0.9 1.1 1.2 \
+        --codec runs/mini/codec/codec.pt --out runs/lang/tokens
+    seeds runs/lang/asr runs/lang/tokens --size small --epochs 30 --lr 0.0015 \
+        --time-masks 0 --feature-masks 0
+    ;;
+lang-mel)       # 150: 46 languages on log-mel
+    python tokenize_corpus.py --corpus data/commonvoice --speeds 0.8 0.9 1.1 1.2 \
+        --features mel --out runs/lang/mel
+    seeds runs/lang/asr-mel runs/lang/mel --size small --epochs 30 --lr 0.0015 \
+        --time-masks 0 --feature-masks 0
+    ;;
+content)        # 5: what each codebook reveals
+    python -m results.study content runs/study/baseline runs/study/fsq --test test-clean
+    ;;
+benchmark)      # 1: speed
+    python -m results.study benchmark
+    ;;
+report)         # 1: all of it into study.json, tables and pictures
+    shopt -s nullglob
+    python -m results.study collect runs/*/*/eval*/report.json runs/*/codec*/report.json \
+        runs/content.jso[n] runs/benchmark.jso[n]
+    python -m results.study tables
+    python -m results.study figures
+    ;;
+*)
+    echo "bash results/study.sh NAME, where NAME is one of these (minutes: what):"
+    grep -E '^[a-z0-9.-]+\) ' results/study.sh | tr -d ')#'
+    ;;
+esac
