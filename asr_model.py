@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SIZES = {
-    "tiny": dict(width=96, layers=4, heads=4, kernel=15),
-    "small": dict(width=144, layers=6, heads=4, kernel=15),
-    "base": dict(width=256, layers=12, heads=4, kernel=15),
+    "tiny": dict(width=96, layers=4),
+    "small": dict(width=144, layers=6),
+    "base": dict(width=256, layers=12),
 }
+HEADS, KERNEL = 4, 15       # of attention; steps of the depthwise convolution
 
 
 def real_steps(steps: int, lengths: Tensor) -> Tensor:
@@ -115,16 +116,15 @@ def rotate(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int):
         super().__init__()
-        self.heads = heads
         self.norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
     def forward(self, y: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """y (B, T, C), mask (B, 1, 1, T) -> (B, T, C)."""
-        qkv = self.qkv(self.norm(y)).unflatten(2, (3, self.heads, -1))          # (B, T, 3, H, C/H)
+        qkv = self.qkv(self.norm(y)).unflatten(2, (3, HEADS, -1))          # (B, T, 3, H, C/H)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                        # (B, H, T, C/H)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)                             # float32
         with torch.autocast("cpu", enabled=False):      # on a CPU, attention is slower in bfloat16
@@ -138,11 +138,11 @@ class Convolution(nn.Module):
     LayerNorm where the Conformer paper has BatchNorm, so that padding does not affect the result.
     """
 
-    def __init__(self, width: int, kernel: int):
+    def __init__(self, width: int):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.gate = nn.Linear(width, 2 * width)
-        self.depthwise = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width)
+        self.depthwise = nn.Conv1d(width, width, KERNEL, padding=KERNEL // 2, groups=width)
         self.after = nn.LayerNorm(width)
         self.out = nn.Linear(width, width)
 
@@ -161,11 +161,11 @@ def feed_forward(width: int) -> nn.Module:
 class ConformerBlock(nn.Module):
     """Half a feed-forward, attention, convolution, half a feed-forward, all residual."""
 
-    def __init__(self, width: int, heads: int, kernel: int):
+    def __init__(self, width: int):
         super().__init__()
         self.before, self.after = feed_forward(width), feed_forward(width)
-        self.attention = Attention(width, heads)
-        self.convolution = Convolution(width, kernel)
+        self.attention = Attention(width)
+        self.convolution = Convolution(width)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, y: Tensor, real: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -189,8 +189,8 @@ class CodecASR(nn.Module):
                  dim: int = 32, aggregate: str = "sum", size: str = "small", subsampling: int = 1):
         """num_codebooks 0: the input is features (B, T, dim). subsampling: 1, 2 or 4."""
         super().__init__()
-        width, layers, heads, kernel = SIZES[size].values()
-        self.num_codebooks, self.head_dim, self.augment = num_codebooks, width // heads, Augment()
+        width, layers = SIZES[size]["width"], SIZES[size]["layers"]
+        self.num_codebooks, self.head_dim, self.augment = num_codebooks, width // HEADS, Augment()
         if num_codebooks:
             self.embedding = TokenEmbedding(num_codebooks, codebook_size, dim, aggregate)
             dim = self.embedding.out_dim
@@ -200,25 +200,24 @@ class CodecASR(nn.Module):
         self.subsample = nn.ModuleList()
         for _ in range(subsampling // 2):           # 0, 1 or 2 layers that halve the frame rate
             layer = nn.Conv1d(width, width, 3, stride=2, padding=1)
-            # torch's default shrinks the signal, two layers to a tenth: the model then goes on
+            # torch's default shrinks the signal, two layers to a tenth: the model then keeps
             # predicting blanks.
             nn.init.kaiming_normal_(layer.weight)
             self.subsample.append(layer)
-        self.blocks = nn.ModuleList(ConformerBlock(width, heads, kernel) for _ in range(layers))
+        self.blocks = nn.ModuleList(ConformerBlock(width) for _ in range(layers))
         self.output = nn.Linear(width, vocab_size)
 
     @torch.no_grad()
     def start_from(self, tables: Tensor | None, sample: Tensor):
-        """Begin with these tables (Q, K, D), such as the codec's codebooks, and with the mean and
-        deviation of the embedding, by which it is normalized, on a sample of the training input,
-        (N, Q) or (N, D)."""
+        """Start from these tables (Q, K, D), such as the codec's codebooks, and normalize by the
+        mean and deviation of the embedding on a sample of the input, (N, Q) or (N, D)."""
         emb = sample.float()
         if self.num_codebooks:
             self.embedding.tables.copy_(tables[:self.num_codebooks].flatten(0, 1))
             emb = self.embedding(sample[None], torch.ones(1, *sample.shape))[0]
         self.mean.copy_(emb.mean(0))
-        # A dimension that hardly varies must not be scaled up. Side by side, no dimension is: the
-        # last codebooks of RVQ, whose rows are small, say little.
+        # A dimension that hardly varies must not be scaled up. With "stack", one deviation serves
+        # all dimensions: the last codebooks of RVQ are small and carry little.
         deviation = emb.std(0).clamp(min=0.1 * emb.std())
         if self.num_codebooks and self.embedding.aggregate == "stack":
             deviation = (emb - self.mean).square().mean().sqrt()

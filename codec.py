@@ -5,6 +5,7 @@ out  runs/codec/codec.pt        the codec, in half precision: all that the other
      runs/codec/resume.pt       the state of training; the same command continues from it
      runs/codec/report.json     how well the codec reproduces dev audio, up to 100 files of it
      runs/codec/log.jsonl       the losses, every 100 steps
+     runs/codec/skipped.txt     audio that could not be read since the last start
 
     python codec.py                                               # synthetic speech, a few minutes
     python codec.py --corpus mini-librispeech --steps 6000 --batch 16 --out runs/mini/codec
@@ -21,9 +22,9 @@ speech, and `matching` as its layers respond more alike to both.
 wav (B, S) -> encoder -> latent (B, D, T) -> quantizer -> tokens (B, Q, T) -> decoder -> wav (B, S)
 Legend: B utterances, S samples, T token frames, D latent size, Q codebooks, C channels, M bands.
 
-To read: encoders, decoder, `Codec`, losses and `train`, about half of the file. The sections on
-files, audio and corpora serve all stages. The last two, downloads and synthetic speech, can be
-skipped.
+Read the encoders, the decoder, `Codec`, the losses and `train`: about half of the file. The
+sections on files, audio and corpora serve all stages. The last two, downloads and synthetic speech,
+can be skipped.
 
 Dhawan et al., arXiv 2407.03495, section 2. The mel encoder and the losses follow NVIDIA's published
 recipes (NeMo audio_codec_16000 and mel_codec). The decoder is Vocos (arXiv 2306.00814) instead of
@@ -62,7 +63,7 @@ from quantizers import GroupFSQ, Quantized, ResidualVQ, usage_and_perplexity
 SAMPLE_RATE = 16_000
 
 # Widths of encoder and decoder, and their blocks. `tiny` and `small` train on a laptop; `base`
-# wants a GPU.
+# needs a GPU.
 SIZES = {
     "tiny": dict(time=16, mel=128, decoder=128, blocks=2),
     "small": dict(time=32, mel=192, decoder=256, blocks=4),
@@ -119,10 +120,10 @@ class MelEncoder(nn.Module):
 
     def __init__(self, dim: int, strides: list[int], channels: int, blocks: int):
         super().__init__()
-        hop = math.prod(strides) // 2
-        self.mel = LogMel(mel_window(hop), hop, 80)
+        mel_hop = math.prod(strides) // 2
+        self.mel = LogMel(mel_window(mel_hop), mel_hop, 80)
         # Token frames seen on each side: one per block, those of the window, and a few to spare.
-        self.context = blocks + 3 + mel_window(hop) // (2 * hop)
+        self.context = blocks + 3 + mel_window(mel_hop) // (2 * mel_hop)
         self.net = nn.Sequential(
             conv(80, channels, 4, stride=2),
             *(Residual(channels, channels) for _ in range(blocks)),
@@ -137,7 +138,8 @@ class TimeEncoder(nn.Module):
     """wav (B, S) -> latent (B, D, T): SEANet (EnCodec, arXiv 2210.13438) without its LSTM.
 
     Each stride shortens the time axis and doubles the channels; a residual unit refines the result.
-    SEANet's first convolution and residual unit, at the full sample rate, cost most: left out.
+    SEANet's first convolution and residual unit, at the full sample rate, are left out, because
+    they cost the most.
     Four departures let it learn within minutes what a log-mel spectrum gives for free, the energy
     in each band of frequencies:
     - LeakyReLU, which rectifies however quiet the sound is. ELU is nearly a straight line around 0.
@@ -200,10 +202,10 @@ class Decoder(nn.Module):
 
     def __init__(self, dim: int, hop: int, channels: int, blocks: int):
         super().__init__()
-        divisors = [n for n in range(1, hop + 1) if hop % n == 0]
-        self.up = min(divisors, key=lambda n: abs(hop / n - 100))   # spectrum frames per token
-        self.hop = hop // self.up                                   # samples per spectrum frame
-        self.n_fft = 4 * self.hop
+        # Spectrum frames per token frame: the divisor of hop that comes nearest to 100 samples.
+        self.up = min(range(1, hop + 1), key=lambda n: (hop % n, abs(hop / n - 100)))
+        self.spectrum_hop = hop // self.up
+        self.n_fft = 4 * self.spectrum_hop
         wide, slim = channels, channels * 3 // 4
         self.slow = nn.Sequential(conv(dim, wide, 7), *(ConvNeXt(wide) for _ in range(blocks)))
         self.widen = conv(wide, slim * self.up, 3)
@@ -217,8 +219,8 @@ class Decoder(nn.Module):
         y = self.head(self.fast(y).transpose(1, 2)).transpose(1, 2)     # (B, n_fft + 2, T * up)
         log_magnitude, phase = y.chunk(2, dim=1)
         spectrum = torch.polar(log_magnitude.clamp(max=5).exp(), phase)
-        return torch.istft(spectrum, self.n_fft, self.hop, window=self.window,
-                           length=y.shape[2] * self.hop)
+        return torch.istft(spectrum, self.n_fft, self.spectrum_hop, window=self.window,
+                           length=y.shape[2] * self.spectrum_hop)
 
 
 # ------------------------------------------------------------------------------------------- codec
@@ -246,12 +248,12 @@ class Codec(nn.Module):
             self.quantizer = ResidualVQ(128, codebooks, codebook_size)
         else:
             self.quantizer = GroupFSQ(codebooks)
-        channels, dim = SIZES[size], self.quantizer.dim
+        width, dim = SIZES[size], self.quantizer.dim
         if encoder == "mel":
-            self.encoder = MelEncoder(dim, strides, channels["mel"], channels["blocks"])
+            self.encoder = MelEncoder(dim, strides, width["mel"], width["blocks"])
         else:
-            self.encoder = TimeEncoder(dim, strides, channels["time"])
-        self.decoder = Decoder(dim, self.hop, channels["decoder"], channels["blocks"])
+            self.encoder = TimeEncoder(dim, strides, width["time"])
+        self.decoder = Decoder(dim, self.hop, width["decoder"], width["blocks"])
 
     @property
     def frame_rate(self) -> float:
@@ -365,7 +367,7 @@ class Discriminator(nn.Module):
         for n_fft, layers in zip(self.WINDOWS, self.nets):
             window = torch.hann_window(n_fft, device=wav.device)
             spectrum = torch.stft(wav, n_fft, n_fft // 4, window=window, normalized=True,
-                                  return_complex=True)
+                                  pad_mode="constant", return_complex=True)
             y = torch.view_as_real(spectrum).permute(0, 3, 2, 1)        # (B, 2, frames, bins)
             outputs.append([])
             for layer in layers:
@@ -412,14 +414,14 @@ class Crops:
             if path in self.unreadable:
                 continue
             try:
-                wav = read_audio(path, self.length / SAMPLE_RATE, at)[:self.length]
-                return F.pad(wav, (0, self.length - len(wav)))
+                wav = read_audio(path, self.length / SAMPLE_RATE, at)
+                return F.pad(wav, (0, self.length - len(wav)))      # or cut
             except ValueError as error:
                 self.unreadable[path] = str(error)
         raise ValueError(f"none of the {len(self.files)} audio files can be read: "
                          f"{self.unreadable[path]}")
 
-    def step(self, step: int, rank: int = 0, world: int = 1) -> Tensor:
+    def batch_of(self, step: int, rank: int = 0, world: int = 1) -> Tensor:
         """This process's share of a training step: (batch / world, length)."""
         numbers = range(step * self.batch + rank, (step + 1) * self.batch, world)
         return torch.stack([self[number] for number in numbers])
@@ -434,12 +436,12 @@ def start_codebooks(codec: Codec, crops: Crops):
     frames = crops.batch * crops.length // codec.hop                        # per step
     steps = -(-8 * codec.quantizer.codebook_size // frames)
     device = codec.codebooks().device
-    latents = [codec.encoder(crops.step(step).to(device)) for step in range(steps)]
+    latents = [codec.encoder(crops.batch_of(step).to(device)) for step in range(steps)]
     codec.quantizer.initialize(torch.cat(latents).mT.flatten(0, 1))
 
 
 def learning_rate(step: int, args) -> float:
-    """100 steps of warm-up, under half a cosine from the peak down to a twentieth of it."""
+    """Linear warm-up over 100 steps, times half a cosine that falls to a twentieth of the peak."""
     decay = 0.525 + 0.475 * math.cos(math.pi * step / args.steps)
     if step < 100:
         return args.lr * decay * (step + 1) / 100
@@ -459,10 +461,9 @@ def optimize(loss: Tensor, optimizer: torch.optim.Optimizer, lr: float):
 def log_row(recent: list[tuple], codebook_size: int) -> dict:
     """Mean losses since the last call, and how evenly the codes were used."""
     losses, tokens = zip(*recent)
-    row = {name: sum(step[name].item() for step in losses) / len(losses) for name in losses[0]}
+    row = {name: sum(each[name].item() for each in losses) / len(losses) for name in losses[0]}
     if not math.isfinite(sum(row.values())):
-        raise ValueError("the loss became infinite; the last checkpoint is kept: try a lower --lr, "
-                         "or look for odd audio")
+        raise ValueError("the loss is no longer finite: try a lower --lr, or look for odd audio")
     usage, perplexity = usage_and_perplexity(torch.cat(tokens), codebook_size)
     return row | {"usage": usage.mean().item(), "perplexity": perplexity.mean().item()}
 
@@ -514,9 +515,10 @@ def train(args):
     if decoder_only:                    # tokens and fingerprint stay as they are
         codec.encoder.eval().requires_grad_(False)
         codec.quantizer.learning = False
-    nets = [codec, discriminator]       # the latter learns with --adversarial
+    nets = [codec, discriminator]       # the discriminator learns only with --adversarial
     optimizers = [torch.optim.AdamW(net.parameters(), args.lr, betas=(0.8, 0.99)) for net in nets]
     start, log = 0, []
+    # Training of the decoder alone begins at step 0; a published codec has no optimizer state.
     if saved and saved["decoder_only"] == decoder_only:
         start, log = saved["step"], saved["log"]
         if "optimizers" in saved:
@@ -525,6 +527,7 @@ def train(args):
                 optimizer.load_state_dict(state)
     if world > 1:
         nets = [DistributedDataParallel(net) for net in nets]
+    codec_net, discriminator_net = nets
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         parameters = sum(p.numel() for p in codec.parameters()) / 1e6
@@ -534,20 +537,20 @@ def train(args):
 
     recent = []                         # losses and tokens since the last checkpoint
     with ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(crops.step, start, rank, world)
+        ahead = reader.submit(crops.batch_of, start, rank, world)
         for step in tqdm(range(start, args.steps), "codec", disable=True if rank else None):
             wav = ahead.result().to(device)                             # (B, S)
-            ahead = reader.submit(crops.step, step + 1, rank, world)
-            # The same draws as without a resume.
+            ahead = reader.submit(crops.batch_of, step + 1, rank, world)
+            # Reseed, so that a resumed run draws the same numbers.
             torch.manual_seed((args.seed * 1_000_000 + step) * world + rank)
             lr = learning_rate(step, args)
 
-            made, quantized = nets[0](wav)
+            made, quantized = codec_net(wav)
             losses = {"mel": mel_distance(wav, made), "wave": (wav - made).abs().mean(),
                       "quantizer": quantized.loss}
             if args.adversarial:
-                if step % 3 < 2:        # the discriminator learns in two steps of three
-                    optimize(discriminator_loss(nets[1], wav, made), optimizers[1], lr)
+                if step % 3 < 2:        # the discriminator learns in two of every three steps
+                    optimize(discriminator_loss(discriminator_net, wav, made), optimizers[1], lr)
                 losses |= generator_losses(discriminator, wav, made)
             total = sum(WEIGHTS[name] * value for name, value in losses.items())
             optimize(total, optimizers[0], lr)
@@ -562,17 +565,20 @@ def train(args):
                     state = {"kind": "codec", "config": codec.config, "flags": vars(args),
                              "decoder_only": decoder_only, "step": step + 1, "log": log,
                              "model": codec.state_dict()}
-                    save_checkpoint(out / "codec.pt", in_half(state))
-                    save_checkpoint(out / "resume.pt", state | {
+                    write_atomically(out / "codec.pt", in_half(state), save_checkpoint)
+                    write_atomically(out / "resume.pt", state | {
                         "discriminator": discriminator.state_dict(),
-                        "optimizers": [item.state_dict() for item in optimizers]})
+                        "optimizers": [item.state_dict() for item in optimizers]}, save_checkpoint)
                     save_log(out, log)
     if rank == 0:
         report(Codec.load(out / "codec.pt", device), dev, out)
         save_skipped(out / "skipped.txt", [*crops.unreadable.values()])
-        print(f"wrote {out / 'codec.pt'}; next: python tokenize_corpus.py"
-              f"{flags_of(args, 'corpus', 'train', 'dev')} --codec {out / 'codec.pt'} "
-              f"--out {out.parent / 'tokens'}")
+        command = ["python", "tokenize_corpus.py", "--corpus", *args.corpus]
+        for name in ("train", "dev"):
+            if getattr(args, name):
+                command += [f"--{name}", *getattr(args, name)]
+        command += ["--codec", str(out / "codec.pt"), "--out", str(out.parent / "tokens")]
+        print(f"wrote {out / 'codec.pt'}; next: {shlex.join(command)}")
 
 
 @torch.inference_mode()
@@ -593,12 +599,13 @@ def report(codec: Codec, files: list[Path], out: Path):
         print("no dev audio: no report")
         return
     usage, perplexity = usage_and_perplexity(torch.cat(tokens, 2), codec.quantizer.codebook_size)
-    result = {"files": len(tokens), "mel_distance": round(np.mean(distances), 4),
+    result = {"files": len(tokens), "mel_distance": np.mean(distances).round(4),
               "fingerprint": codec.fingerprint,
-              "codes in use, by codebook": [round(share, 3) for share in usage.tolist()],
-              "perplexity, by codebook": [round(value, 1) for value in perplexity.tolist()]}
-    print("dev:", *(f"{name} {value}" for name, value in result.items()), sep="\n  ")
-    write_atomically(out / "report.json", json.dumps(result, indent=1).encode())
+              "codes in use, by codebook": usage.double().round(decimals=3).tolist(),
+              "perplexity, by codebook": perplexity.double().round(decimals=1).tolist()}
+    text = json.dumps(result, indent=1)
+    print(f"dev: {text}")
+    write_atomically(out / "report.json", text.encode())
 
 
 def reconstruct(args):
@@ -606,29 +613,29 @@ def reconstruct(args):
     source, target = map(Path, args.reconstruct)
     device = pick_device(args.device)
     codec = Codec.load(args.codec, device)
+    if (args.codebooks or 1) > codec.quantizer.num_codebooks:
+        raise ValueError(f"{args.codec} has only {codec.quantizer.num_codebooks} codebooks")
     wav = read_audio(source)
     tokens = codec.encode(wav[None].to(device))[:, :args.codebooks]
     made = codec.decode(tokens)[0, :len(wav)].cpu().clamp(-1, 1)
-    temporary = target.with_name(f".part-{target.name}")
-    sf.write(temporary, made.numpy(), SAMPLE_RATE)
-    os.replace(temporary, target)
+    try:
+        write_atomically(target, made.numpy(), partial(sf.write, samplerate=SAMPLE_RATE))
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{target}: cannot be written as audio ({error})")
     print(f"wrote {target}: {tokens.shape[2]} frames of {tokens.shape[1]} tokens")
 
 
 # ------------------------------------------------------- files, devices and flags, for all stages
 
-def write_atomically(path: Path, data: bytes):
-    """A reader finds the old file or the new one, never half of one."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_bytes(data)
+def write_atomically(path: Path, data, save: Callable = Path.write_bytes):
+    """save(path, data), so that a reader finds the old file or the new one, never half of one."""
+    temporary = path.with_name(f".part-{path.name}")
+    save(temporary, data)
     os.replace(temporary, path)
 
 
 def save_checkpoint(path: Path, checkpoint: dict):
-    """As write_atomically."""
-    temporary = path.with_name(f".{path.name}.part")
-    torch.save(checkpoint, temporary)
-    os.replace(temporary, path)
+    torch.save(checkpoint, path)
 
 
 def in_half(checkpoint: dict) -> dict:
@@ -643,10 +650,11 @@ def save_log(out: Path, log: list[dict]):
 
 
 def save_skipped(path: Path, messages: list[str]):
-    """Write down what could not be used, a line each, and say how much it is."""
-    write_atomically(path, "".join(f"{message}\n" for message in messages).encode())
+    """Write what could not be used, one line each, and print how many."""
+    text = "".join(f"{message}\n" for message in messages)
+    write_atomically(path, text.encode(errors="replace"))       # a file's name may be no UTF-8
     if messages:
-        print(f"  {len(messages)} skipped, named in {path}: {messages[0]}")
+        print(f"  {len(messages)} skipped, named in {path}: {messages[0]!a}")
 
 
 def load_checkpoint(path: str | Path, kind: str) -> dict:
@@ -668,15 +676,6 @@ def check_same_flags(path: Path, flags: dict, args, free: list[str]):
         if name not in free and now != flags[name]:
             raise ValueError(f"{path} was trained with --{name.replace('_', '-')} {flags[name]}, "
                              f"not {now}: give another --out, or delete it")
-
-
-def flags_of(args, *names: str) -> str:
-    """Flags of this run that the next stage needs as well, as one types them."""
-    words = []
-    for name in names:
-        if getattr(args, name):
-            words += [f"--{name}", *getattr(args, name)]
-    return " " + shlex.join(words)
 
 
 def add_common_flags(parser: ArgumentParser, out: str):
@@ -728,14 +727,18 @@ def run_stage(stage: Callable, args):
 
 
 class HelpPage(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
-    """Keeps the line breaks of the file's docstring, and shows the defaults."""
+    """Keeps the line breaks of the file's docstring, and shows the defaults that there are."""
+
+    def _get_help_string(self, action):
+        has_default = action.default not in (None, [])
+        return super()._get_help_string(action) if has_default else action.help
 
 
 # ------------------------------------------------------------- audio and corpora, for all stages
 
-# The first row is what soundfile reads; files like those of the second are named as unreadable.
-AUDIO = {".flac", ".wav", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".caf", ".w64",
-         ".m4a", ".mp4", ".webm", ".wma", ".aac", ".amr", ".3gp"}
+# What soundfile reads, and what it cannot read, but should not pass over in silence.
+AUDIO = ".flac .wav .mp3 .ogg .opus .aiff .aif .au .caf .w64".split()
+AUDIO += ".m4a .mp4 .webm .wma .aac .amr .3gp".split()
 # Named corpora: their folder, and their usual subsets. Any other name is a folder.
 CORPORA = {
     "synthetic": ("data/synthetic", {"train": ["train"], "dev": ["dev"], "test": ["test"]}),
@@ -747,10 +750,11 @@ CORPORA = {
 
 
 def read_audio(path: str | Path, seconds: float | None = None, at: float = 0.0) -> Tensor:
-    """Any file that soundfile reads -> wav (S,) float32 in [-1, 1], 16 kHz, channels averaged.
+    """Any file that soundfile reads -> wav (S,) float32, full scale 1, 16 kHz, channels averaged.
 
     With `seconds`, reads only so much; `at`, from 0 to 1, says from where between start and end.
-    Raises ValueError when the file cannot be read, breaks off, or holds nothing that can be sound.
+    Raises ValueError when the file cannot be read, holds nothing that can be sound, or is visibly
+    truncated, by more than a tenth. AIFF and Ogg do not show it.
     """
     try:
         check_wav_size(path)
@@ -773,12 +777,12 @@ def read_audio(path: str | Path, seconds: float | None = None, at: float = 0.0) 
 
 
 def check_wav_size(path: str | Path):
-    """libsndfile takes a WAV that breaks off for a shorter one."""
+    """libsndfile reads a truncated WAV as a shorter recording."""
     with open(path, "rb") as file:
         kind, size = file.read(4), int.from_bytes(file.read(4), "little")
     # Streams give sizes near 2 GiB.
     if kind == b"RIFF" and os.path.getsize(path) < 0.9 * size and size < 0x7f000000:
-        raise ValueError(f"{path}: breaks off before its {size} bytes")
+        raise ValueError(f"{path}: is truncated: its header says {size} bytes")
 
 
 def check_sound(path: str | Path, wav: np.ndarray, wanted: int, rate: int):
@@ -786,7 +790,7 @@ def check_sound(path: str | Path, wav: np.ndarray, wanted: int, rate: int):
     if not len(wav):
         raise ValueError(f"{path}: holds no samples")
     if len(wav) < 0.9 * wanted:         # the header of an MP3 may be a little off
-        raise ValueError(f"{path}: breaks off after {len(wav)} of {wanted} samples")
+        raise ValueError(f"{path}: is truncated after {len(wav)} of {wanted} samples")
     if not np.abs(wav).max() < 100:     # true for NaN, too
         raise ValueError(f"{path}: holds samples that are not numbers, or far above full scale")
     if not 1000 <= rate <= 400_000 or rate // math.gcd(rate, SAMPLE_RATE) > 4000:
@@ -800,7 +804,7 @@ def find_subsets(corpora: list[str], **asked: list[str]) -> dict[str, dict[str, 
     the usual ones, as far as they exist. Each corpus must have some subset.
     """
     found = {role: {} for role in asked}
-    for corpus in corpora:
+    for corpus in dict.fromkeys(corpora):
         name, usual = CORPORA.get(corpus, (corpus, CORPORA["synthetic"][1]))
         folder, wanted = Path(name), {role: asked[role] or usual[role] for role in asked}
         prepare(corpus, folder, wanted)
@@ -808,7 +812,9 @@ def find_subsets(corpora: list[str], **asked: list[str]) -> dict[str, dict[str, 
         for role, subsets in wanted.items():
             for subset in subsets:
                 if find_audio(folder, subset):
-                    found[role].setdefault(subset, []).append(folder)
+                    folders = found[role].setdefault(subset, [])
+                    if folder not in folders:
+                        folders.append(folder)
                     empty = False
         if empty:
             raise ValueError(nothing_found(folder, wanted))
@@ -820,7 +826,7 @@ def find_subsets(corpora: list[str], **asked: list[str]) -> dict[str, dict[str, 
 
 
 def prepare(corpus: str, folder: Path, wanted: dict[str, list[str]]):
-    """Make or download a named corpus, as far as it is not there."""
+    """Make or download a named corpus, unless it is already there."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         if corpus == "synthetic":
             make_synthetic(folder)
@@ -829,6 +835,8 @@ def prepare(corpus: str, folder: Path, wanted: dict[str, list[str]]):
                 fetch_librispeech(folder, subset)
     if dist.is_initialized():
         dist.barrier()                  # the other processes wait until the corpus is there
+    if corpus in CORPORA:
+        folder.mkdir(parents=True, exist_ok=True)
     if not folder.is_dir():
         raise ValueError(f"--corpus {corpus}: no such folder, and none of {', '.join(CORPORA)}")
 
@@ -836,11 +844,11 @@ def prepare(corpus: str, folder: Path, wanted: dict[str, list[str]]):
 def nothing_found(folder: Path, wanted: dict[str, list[str]]) -> str:
     """What was looked for, and what is there."""
     names = ", ".join(sum(wanted.values(), []))
-    there = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
+    there = sorted(os.listdir(folder))
     return (f"{folder}: no audio of the subsets {names}. A subset NAME is a folder NAME/ with "
             f"audio, a manifest NAME.jsonl, or */*/transcript_NAME.txt; {folder} holds "
             f"{', '.join(there[:6]) or 'nothing'}{', ...' * (len(there) > 6)}. Name your subsets "
-            f"with --train, --dev and --test")
+            f"with {' and '.join(f'--{role}' for role in wanted)}")
 
 
 def audio_files(subsets: dict[str, list[Path]]) -> list[Path]:
@@ -862,15 +870,17 @@ def find_audio(folder: Path, subset: str) -> list[Path]:
     if lists:
         return [path.parent / "wav" / f"{words[0]}.wav" for path in lists
                 for words in read_lines(path)]
-    return [path for path in files_below(folder / subset) if path.suffix.lower() in AUDIO]
+    return audio_below(folder / subset)
+
+
+def audio_below(folder: Path) -> list[Path]:
+    return [path for path in files_below(folder) if path.suffix.lower() in AUDIO]
 
 
 def files_below(folder: Path) -> list[Path]:
     """All files in a folder and in its folders, sorted; links are followed."""
-    found = []
-    for root, _, names in os.walk(folder, followlinks=True):
-        found += [Path(root, name) for name in names]
-    return sorted(found)
+    walk = os.walk(folder, followlinks=True)
+    return sorted(Path(root, name) for root, _, names in walk for name in names)
 
 
 def read_lines(path: Path) -> list[list[str]]:
@@ -880,7 +890,7 @@ def read_lines(path: Path) -> list[list[str]]:
 
 
 def read_manifest(path: Path) -> tuple[list[dict], list[str]]:
-    """JSON lines with at least audio_filepath -> rows, and a message for each line without.
+    """JSON lines with at least audio_filepath -> rows, and a message for each line that lacks it.
 
     Raises ValueError when no line has it.
     """
@@ -938,6 +948,8 @@ def parse(arguments=None):
     add_common_flags(parser, "runs/codec")
 
     args = parser.parse_args(arguments)
+    if args.codebooks is not None and args.codebooks < 1:
+        parser.error("--codebooks must be above 0")
     if args.reconstruct:
         idle = set(vars(args)) - {"reconstruct", "codec", "codebooks", "device"}
         refuse_idle(parser, args, "with --reconstruct", *sorted(idle))
@@ -946,8 +958,8 @@ def parse(arguments=None):
     if args.quantizer == "fsq":
         refuse_idle(parser, args, "with --quantizer fsq, which has 1000 codes", "codebook_size")
     args.codebooks = 8 if args.codebooks is None else args.codebooks
-    if min(args.codebooks, args.codebook_size, args.steps, args.batch, args.crop, args.lr) <= 0:
-        parser.error("--codebooks, --codebook-size, --steps, --batch, --crop, --lr must be above 0")
+    if min(args.codebook_size, args.steps, args.batch, args.crop, args.lr) <= 0:
+        parser.error("--codebook-size, --steps, --batch, --crop, --lr must be above 0")
     if args.codebook_size > 32_768:
         parser.error("--codebook-size: at most 32768, as tokens are stored in 16 bits")
     if min(args.strides) < 1 or math.prod(args.strides) % 2:

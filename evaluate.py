@@ -2,7 +2,8 @@
 
 in   runs/asr/asr.pt, and the tokens that it was trained on
 out  runs/eval/report.json, report.md       word and character error rates, with intervals
-     runs/eval/*.png                        pictures of single utterances, with --plots
+     (compare.json, compare.md              with --compare)
+     runs/eval/*.png                        pictures of the files of --audio, with --plots
 
     python evaluate.py                                              # the test subsets
     python evaluate.py --audio talk.mp3 my-recordings               # transcribe files and folders
@@ -23,6 +24,7 @@ import gzip
 import itertools
 import json
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -38,9 +40,8 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from tqdm import tqdm
 
-from codec import (AUDIO, SAMPLE_RATE, HelpPage, LogMel, add_common_flags, files_below,
-                   load_checkpoint, pick_device, read_audio, refuse_idle, run_stage,
-                   write_atomically)
+from codec import (SAMPLE_RATE, HelpPage, LogMel, add_common_flags, audio_below, load_checkpoint,
+                   pick_device, read_audio, refuse_idle, run_stage, write_atomically)
 from tokenize_corpus import FrontEnd, Noise, Utterance
 from train_asr import (TokenSet, build_model, check_same_tokens, greedy, read_meta,
                        split_language)
@@ -59,9 +60,10 @@ class Recognizer:
     def __init__(self, path: str | Path, device: str = "auto", lm: str | None = None,
                  codec: str | None = None, beam: int = 200, lm_weight: float = 2.5,
                  word_score: float = 0.0, prior_weight: float = 0.5):
-        """path: asr.pt or its folder. lm: a word language model in ARPA form, .gz or not, for a
-        beam search; without, decoding is greedy. codec: that of its tokens unless given. Raises
-        ValueError when a file is missing, damaged, or does not fit."""
+        """path: asr.pt or its folder. lm: a word language model in ARPA format, plain or gzipped,
+        for a beam search; without, decoding is greedy. codec: that of its tokens unless given; it
+        is loaded at first use. Raises ValueError when a file is missing, damaged, or does not
+        fit."""
         self.path = Path(path) / "asr.pt" if Path(path).is_dir() else Path(path)
         saved = load_checkpoint(self.path, "asr")
         self.device = torch.device(pick_device(device))
@@ -73,15 +75,16 @@ class Recognizer:
         except (KeyError, TypeError, RuntimeError):
             raise ValueError(f"{self.path}: not a whole recognizer; copy or train it again")
         self.model.to(self.device).eval()
+        # codec_path is relative to the checkpoint.
         self.codec, self.encode = codec or self.path.parent / self.meta["codec_path"], None
-        # Recognizers from before the prior was measured have none.
+        # Checkpoints written before the prior was stored have none.
         self.prior = prior_weight * saved.get("log_prior", torch.zeros(len(self.units)))
         self.beam_search = None
         if lm:
             self.beam_search = beam_search(self.units, lm, beam, lm_weight, word_score)
 
     def front_end(self) -> FrontEnd:
-        """What made its tokens. Raises ValueError when the codec at hand is another one."""
+        """What made its tokens. Raises ValueError when the given codec is a different one."""
         if not self.encode:
             features, hop = self.meta["features"], self.meta["hop"]
             self.encode = FrontEnd(features, self.codec, hop, str(self.device))
@@ -134,6 +137,9 @@ def beam_search(units: SentencePieceProcessor, lm: str, beam: int, lm_weight: fl
         for word in tqdm(arpa_words(lm), "reading the language model", leave=False, disable=None):
             if word[0] != "<" and 0 not in units.encode(word):
                 print(word, *units.encode(word, out_type=str), file=lexicon)
+        if not lexicon.tell():
+            raise ValueError(f"--lm {lm}: holds no words in ARPA format that the recognizer's "
+                             f"units can spell; upper and lower case differ")
         lexicon.flush()
         try:
             return ctc_decoder(
@@ -141,15 +147,17 @@ def beam_search(units: SentencePieceProcessor, lm: str, beam: int, lm_weight: fl
                 lm_weight=lm_weight, word_score=word_score,
                 blank_token=pieces[0], sil_token=pieces[0], unk_word="<unk>")
         except RuntimeError:
-            raise ValueError(f"--lm {lm}: not a word language model in ARPA form")
+            raise ValueError(f"--lm {lm}: not a word language model in ARPA format")
 
 
 def arpa_words(lm: str) -> list[str]:
     """The words that an ARPA file lists as its 1-grams."""
+    if not Path(lm).is_file():
+        raise ValueError(f"--lm {lm}: no such file")
     opened = gzip.open if str(lm).endswith(".gz") else open
     with opened(lm, "rt", encoding="utf-8", errors="replace") as arpa:
         unigrams = itertools.takewhile(lambda line: not line.startswith("\\2-grams"), arpa)
-        return [line.split()[1] for line in unigrams if "\t" in line]
+        return re.findall(r"^\S+\t(\S+)", "".join(unigrams), re.MULTILINE)
 
 
 # ----------------------------------------------------------------------------------------- scoring
@@ -165,7 +173,7 @@ class Score:
         self.words = errors(jiwer.process_words, self.refs, texts)
         self.chars = errors(jiwer.process_characters, self.refs, texts)
         speakers = [row["speaker"] for row in rows]
-        # The bootstrap draws speakers; where these are few, or unknown, utterances.
+        # The bootstrap draws speakers, or utterances where there are fewer than five speakers.
         drawn = speakers if len(set(speakers)) >= 5 else range(len(rows))
         self.groups = np.unique(drawn, return_inverse=True)[1]
 
@@ -173,9 +181,10 @@ class Score:
         by_speaker = {}     # speaker: word errors, words, character errors, characters
         for row, counts in zip(self.rows, np.hstack([self.words, self.chars])):
             by_speaker[row["speaker"]] = by_speaker.get(row["speaker"], 0) + counts
+        words, chars = (resampled(counts, self.groups, seed) for counts in (self.words, self.chars))
         result = {"utterances": len(self.rows),
-                  "wer": rate(self.words), "wer_interval": interval(self.words, self.groups, seed),
-                  "cer": rate(self.chars), "cer_interval": interval(self.chars, self.groups, seed),
+                  "wer": rate(self.words), "wer_interval": interval(words),
+                  "cer": rate(self.chars), "cer_interval": interval(chars),
                   "by_speaker": {name: total.tolist() for name, total in by_speaker.items()}}
         languages = np.array([row["lang"] for row in self.rows])
         named = np.array([lang for lang, _ in self.hyps])
@@ -210,21 +219,14 @@ def resampled(counts: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
     return errors / lengths
 
 
-def interval(counts: np.ndarray, groups: np.ndarray, seed: int) -> list[float]:
-    """95 % interval of the error rate."""
-    return np.percentile(resampled(counts, groups, seed), [2.5, 97.5]).tolist()
-
-
-def difference(score: Score, other: Score, seed: int) -> list[float]:
-    """95 % interval of CER(score) - CER(other) on the same utterances, resampled together."""
-    ours = resampled(score.chars, score.groups, seed)
-    theirs = resampled(other.chars, score.groups, seed)
-    return np.percentile(ours - theirs, [2.5, 97.5]).tolist()
+def interval(rates: np.ndarray) -> list[float]:
+    """The middle 95 % of the bootstrap's error rates, or of their differences."""
+    return np.percentile(rates, [2.5, 97.5]).tolist()
 
 
 # ----------------------------------------------------------------------------------------- picture
 
-def plot_utterance(recognizer: Recognizer, audio: str | Path, path: Path, ref: str = ""):
+def plot_utterance(recognizer: Recognizer, audio: Path, path: Path):
     """Waveform, log-mel, and tokens with the text units read from them, under one time axis."""
     try:
         from matplotlib.figure import Figure
@@ -234,7 +236,7 @@ def plot_utterance(recognizer: Recognizer, audio: str | Path, path: Path, ref: s
     array = torch.from_numpy(recognizer.front_end()(wav))                   # (T, Q)
     end, best = len(wav) / SAMPLE_RATE, recognizer.log_probs(array)[0].argmax(1)        # (T',)
     fig = Figure(figsize=(12, 7), dpi=80, layout="constrained")
-    fig.suptitle(f"{ref and f'said: {ref}'}\nread from the tokens: {recognizer.recognize(array)}")
+    fig.suptitle(f"recognized from the tokens: {recognizer.recognize(array)}")
     axes = fig.subplots(3, 1, sharex=True)
     axes[0].plot(np.linspace(0, end, len(wav)), wav, linewidth=0.4)
     mel = LogMel(512, 160, 80)(wav[None])[0]
@@ -279,7 +281,7 @@ def origin(args) -> dict:
 
 
 def remarks(score: Score, summary: dict) -> str:
-    """Languages, and five examples."""
+    """Error rates by language, and up to five examples."""
     page = ""
     if "cer_by_language" in summary:
         cers = summary["cer_by_language"]
@@ -303,8 +305,8 @@ def conditions(run: Recognizer, data: TokenSet, args) -> Iterator[tuple]:
 
 
 def load(path: str | Path, args) -> Recognizer:
-    return Recognizer(path, args.device, args.lm, args.codec, args.beam, args.lm_weight,
-                      args.word_score, args.prior_weight)
+    names = "device", "lm", "codec", "beam", "lm_weight", "word_score", "prior_weight"
+    return Recognizer(path, **{name: getattr(args, name) for name in names})
 
 
 def evaluate(args):
@@ -331,7 +333,9 @@ def evaluate(args):
                 if score.refs != base.refs:
                     raise ValueError(f"{name}: its {subset} holds other utterances than that of "
                                      f"{args.compare[0]}")
-                low, high = difference(score, base, args.seed)
+                # Both are resampled with the same speakers.
+                low, high = interval(resampled(score.chars, base.groups, args.seed)
+                                     - resampled(base.chars, base.groups, args.seed))
                 summary = score.summary(args.seed) | {
                     "subset": subset, "noise": kind, "snr": snr, "cer_minus_first": [low, high]}
                 report[name]["test"][test] = summary
@@ -341,9 +345,6 @@ def evaluate(args):
                     rows[-1].append(f"{100 * low:+.1f} to {100 * high:+.1f}")
                 elif not kind:
                     page += f"\n{subset}\n{remarks(score, summary)}"
-            if args.plots:
-                row, picture = data.rows[0], f"{run.path.parent.name}-{subset}.png"
-                plot_utterance(run, row["audio"], Path(args.out) / picture, row["text"])
     header = ["run", "test", "utterances", "WER % (95 %)", "CER % (95 %)"]
     if args.compare:
         header.append("CER minus the first run's (95 %)")
@@ -365,8 +366,7 @@ def transcribe(args):
     recognizer, files, failed = load(args.asr, args), [], 0
     recognizer.front_end()              # a codec that does not fit is reported once, now
     for path in map(Path, args.audio):
-        below = [file for file in files_below(path) if file.suffix.lower() in AUDIO]
-        files += below if path.is_dir() else [path]
+        files += audio_below(path) if path.is_dir() else [path]
     for number, path in enumerate(files):
         try:
             print(f"{path}: {recognizer.transcribe(path)}", flush=True)
@@ -397,9 +397,9 @@ def parse(arguments=None):
     add("--audio", nargs="+", default=[], help="transcribe these files and folders instead")
     add("--codec", help="codec for --audio and --noise; the one of its tokens unless given")
     add("--plots", action="store_true",
-        help="draw an utterance of each subset, or each file of --audio (needs matplotlib)")
+        help="also draw each file of --audio, with its tokens and letters (needs matplotlib)")
     add = parser.add_argument_group("beam search with a language model").add_argument
-    add("--lm", help="word language model in ARPA form, .gz or not; without, decoding is greedy")
+    add("--lm", help="word language model in ARPA format, plain or gzipped; greedy without")
     add("--beam", type=int, default=200, help="hypotheses kept")
     add("--lm-weight", type=float, default=2.5, help="weight of the language model")
     add("--word-score", type=float, default=0.0, help="added for every word")
@@ -410,9 +410,11 @@ def parse(arguments=None):
     args = parser.parse_args(arguments)
     if args.audio:
         refuse_idle(parser, args, "with --audio", "test", "tokens", "compare", "noise")
+    else:
+        refuse_idle(parser, args, "without --audio", "plots")
     if not args.noise:
         refuse_idle(parser, args, "without --noise", "snr")
-    if not args.noise and not args.audio and not args.plots:
+    if not args.noise and not args.audio:
         refuse_idle(parser, args, "without --audio or --noise", "codec")
     if not args.lm:
         refuse_idle(parser, args, "without --lm", "beam", "lm_weight", "word_score",

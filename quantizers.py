@@ -6,8 +6,9 @@ out  tokens (B, Q, T)     Q integers per frame, and the quantized latent that th
 Legend: B utterances, D latent size, T token frames, Q codebooks, K codes in each, N = B * T frames,
 d numbers in a group of FSQ.
 
-Both keep one promise, on which the recognizer's embedding rests: `codebooks()` returns a tensor
-(Q, K, D), and the quantized latent of a frame is the SUM over q of row `tokens[q]` of codebook q.
+Both satisfy one invariant, on which the recognizer's embedding relies: `codebooks()` returns a
+tensor (Q, K, D), and the quantized latent of a frame is the SUM over q of row `tokens[q]` of
+codebook q.
 
 RVQ: SoundStream, arXiv 2107.03312, section III-C.  FSQ: Mentzer et al., arXiv 2309.15505.
 Both as inputs of a speech recognizer: Dhawan et al., arXiv 2407.03495, section 2.
@@ -30,6 +31,17 @@ class Quantized(NamedTuple):
 
 # ------------------------------------------------------------------------------------------- RVQ
 
+def nearest(frames: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the closest code: frames (N, D), codebook (K, D) -> (N,).
+
+    |f - c|^2 = |f|^2 - 2 f.c + |c|^2, and |f|^2 is the same for all codes: one matrix product is
+    enough, a hundred times cheaper than an N x K x D tensor of differences.
+    """
+    half_norm = codebook.square().sum(1) / 2
+    distance = torch.addmm(half_norm, frames, codebook.T, alpha=-1)         # (N, K)
+    return distance.min(1).indices          # on a CPU, faster than argmin(1)
+
+
 class ResidualVQ(nn.Module):
     """Each codebook quantizes what the previous ones left over.
 
@@ -44,7 +56,7 @@ class ResidualVQ(nn.Module):
     # Share of the training utterances quantized with only the first n codebooks, n random, so that
     # the first n alone are a valid codec of a lower bitrate (SoundStream, section III-C).
     dropout = 0.5
-    learning = True     # False: the codebooks stay, while a decoder learns from their latent
+    learning = True     # False: the codebooks are frozen, while a decoder learns from their latent
 
     def __init__(self, dim: int = 128, num_codebooks: int = 8, codebook_size: int = 1024):
         super().__init__()
@@ -70,10 +82,9 @@ class ResidualVQ(nn.Module):
         # Chained residuals cancel all but the first level's (encodec issue 25).
         residual = frames.detach()
         quantized = torch.zeros_like(residual)
-        tokens, loss = [], 0.0
-        for level in range(self.num_codebooks):
-            index = nearest(residual, self.embed[level])                    # (N,)
-            code = F.embedding(index, self.embed[level])                     # (N, D)
+        tokens, loss = self.encode(latent.detach()), 0.0                    # (B, Q, T)
+        for level, index in enumerate(tokens.transpose(0, 1).flatten(1)):   # (N,)
+            code = F.embedding(index, self.embed[level])                    # (N, D)
             active = level < depth                  # (N,) does this utterance use this level?
             error = (frames - quantized - code).square().mean(1)            # (N,)
             loss = loss + (error * active).sum() / active.sum().clamp(min=1)
@@ -81,12 +92,11 @@ class ResidualVQ(nn.Module):
                 self.update(level, residual, index, active)
             quantized = quantized + code * active[:, None]
             residual = residual - code
-            tokens.append(index.view(batch, time))
 
         # One straight-through on the sum: one per level would multiply the gradient by Q.
         straight = frames + (quantized - frames).detach()
         straight = straight.view(batch, time, self.dim).transpose(1, 2)
-        return Quantized(straight, torch.stack(tokens, 1), loss / self.num_codebooks)
+        return Quantized(straight, tokens, loss / self.num_codebooks)
 
     def encode(self, latent: Tensor) -> Tensor:
         """latent (B, D, T) -> tokens (B, Q, T)."""
@@ -151,12 +161,12 @@ class ResidualVQ(nn.Module):
             dist.all_reduce(total)
         if not count.any():
             return                      # no utterance of this batch uses the level
-        uniform = count.mean()          # in units of uniform use, every step counts alike
+        uniform = count.mean()  # in units of uniform use, so that every step has the same weight
         self.ema_count[level].lerp_(count / uniform, 1 - self.decay)
         self.ema_sum[level].lerp_(total / uniform, 1 - self.decay)
 
-        # Each dead code moves to a frame of its own, as far as there are enough, or a little
-        # beside it: of two codes in one place, one would die again.
+        # Move each dead code to a different frame while there are enough, with a little noise: of
+        # two identical codes, one would die again.
         dead = self.ema_count[level] < self.dead_below                      # (K,)
         frame = torch.randperm(len(residual), device=residual.device)
         moved = residual[frame[dead.cumsum(0) % len(frame)]]                # (K, D)
@@ -169,19 +179,8 @@ class ResidualVQ(nn.Module):
         self.embed[level] = self.ema_sum[level] / self.ema_count[level][:, None]
 
 
-def nearest(frames: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the closest code: frames (N, D), codebook (K, D) -> (N,).
-
-    |f - c|^2 = |f|^2 - 2 f.c + |c|^2, and |f|^2 is the same for all codes: one matrix product is
-    enough, a hundred times cheaper than an N x K x D tensor of differences.
-    """
-    half_norm = codebook.square().sum(1) / 2
-    distance = torch.addmm(half_norm, frames, codebook.T, alpha=-1)         # (N, K)
-    return distance.min(1).indices          # on a CPU, faster than argmin(1)
-
-
 def from_first_process(tensor: Tensor):
-    """With several processes, all continue with what process 0 drew."""
+    """With several processes, all take the values that process 0 drew."""
     if dist.is_initialized():
         dist.broadcast(tensor, 0)
 
@@ -192,7 +191,8 @@ class GroupFSQ(nn.Module):
     """The latent is cut into groups of a few numbers, each rounded to one of a few levels.
 
     Nothing is learned, so no code can die. The codebook of a group is implicit: its
-    K = prod(levels) points. Always computed in float32: in bfloat16 half of the indices come out wrong.
+    K = prod(levels) points. Always computed in float32: in bfloat16, half of the indices come out
+    wrong.
     """
 
     def __init__(self, num_groups: int = 8, levels: tuple[int, ...] = (8, 5, 5, 5)):
@@ -209,7 +209,7 @@ class GroupFSQ(nn.Module):
         soft = self.digits(latent)                                          # (B, T, Q, d)
         hard = soft + (soft.round() - soft).detach()        # straight-through, with tanh's gradient
         tokens = self.index(soft)
-        # At 3.0, the mel distance is lower, but a recognizer reads the tokens less well.
+        # A weight of 3.0 lowers the mel distance, but raises the recognizer's error rate.
         return Quantized(self.values(hard), tokens, 0.1 * redundancy(latent.float()))
 
     def encode(self, latent: Tensor) -> Tensor:
@@ -256,8 +256,8 @@ class GroupFSQ(nn.Module):
 def redundancy(latent: Tensor) -> Tensor:
     """Mean squared correlation between different dimensions of the latent: (B, D, T) -> ().
 
-    Left alone, FSQ's groups become redundant: 8 of 32 principal components held most of the
-    variance. No published recipe that we know of has this term.
+    Without this term, FSQ's groups become redundant: 8 of 32 principal components held most of
+    the variance. No published recipe that we know of has this term.
     """
     covariance = torch.cov(latent.transpose(0, 1).flatten(1), correction=0)         # (D, D)
     scale = covariance.diagonal().clamp(min=1e-6).rsqrt()

@@ -40,9 +40,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from codec import (SAMPLE_RATE, Codec, HelpPage, LogMel, add_common_flags, files_below, find_audio,
-                   find_subsets, mel_window, read_audio, read_lines, read_manifest, refuse_idle,
-                   run_stage, save_skipped, start_processes, write_atomically)
+from codec import (SAMPLE_RATE, Codec, HelpPage, LogMel, add_common_flags, audio_below,
+                   files_below, find_audio, find_subsets, mel_window, read_audio, read_lines,
+                   read_manifest, refuse_idle, run_stage, save_skipped, start_processes,
+                   write_atomically)
 
 
 class Utterance(NamedTuple):
@@ -79,20 +80,22 @@ def read_subset(folders: list[Path], subset: str) -> tuple[list[Utterance], list
                     raise ValueError("no such file")
                 seconds = sf.info(item.audio).duration
                 if 0 < item.duration < 0.8 * seconds:
-                    raise ValueError(f"its row is a piece of {seconds:.1f} s: cut it out first")
+                    raise ValueError(f"its row is a part of {seconds:.1f} s: save that part as a "
+                                     f"file of its own")
                 kept[item.id] = item._replace(duration=seconds)
             except (ValueError, TypeError, ZeroDivisionError, OSError, RuntimeError) as error:
-                skipped.append(f"{str(item.audio)!a}: {str(error).splitlines()[0]}")
+                skipped.append(f"{item.audio}: {str(error).splitlines()[0]}")
     return list(kept.values()), skipped
 
 
 def read_librispeech(folder: Path, subset: str, skipped: list[str]) -> Iterator[Utterance]:
     """speaker/chapter/*.trans.txt, whose lines are an id and its words, beside the audio files."""
     audio = {(path.parent, path.stem): path for path in find_audio(folder, subset)}
-    for path in files_below(folder / subset):
-        for name, *words in read_lines(path) if path.name.endswith(".trans.txt") else []:
-            if (path.parent, name) in audio:
-                file = audio.pop((path.parent, name))
+    transcripts = [path for path in files_below(folder / subset) if path.match("*.trans.txt")]
+    for path in transcripts:
+        for name, *words in read_lines(path):
+            file = audio.pop((path.parent, name), None)
+            if file:
                 yield Utterance(name, " ".join(words), "", name.split("-")[0], file)
             else:
                 skipped.append(f"{path}: {name} has no audio file of its own")
@@ -106,7 +109,8 @@ def read_rows(manifest: Path, skipped: list[str]) -> Iterator[Utterance]:
     for row in rows:
         audio = Path(row["audio_filepath"])
         if row.get("offset"):
-            skipped.append(f"{manifest.parent / audio}: its row is a piece of it: cut it out first")
+            skipped.append(f"{manifest.parent / audio}: its row is only part of the file: save "
+                           f"that part as a file of its own")
         elif "text" not in row:
             skipped.append(f"{manifest}: {audio} has {', '.join(row)}, but no text")
         else:
@@ -137,7 +141,7 @@ class Noise:
     def __init__(self, kinds: list[str], snr: list[float], speech: list[Utterance], seed: int):
         """kinds: white, pink, babble or folders; snr: LOW HIGH in dB; speech: babble mixes it."""
         self.kinds, self.snr, self.speech, self.seed = kinds, sorted(snr), speech, seed
-        self.files = {kind: find_audio(Path(kind), ".") for kind in kinds}      # "." is the folder
+        self.files = {kind: audio_below(Path(kind)) for kind in kinds}
         for kind, files in self.files.items():
             if not files and kind not in ("white", "pink", "babble"):
                 raise ValueError(f"--noise {kind}: neither white, pink or babble, nor a folder "
@@ -240,7 +244,7 @@ class FrontEnd:
     @torch.inference_mode()
     def __call__(self, wav: Tensor) -> np.ndarray:
         """wav (S,) -> tokens (T, Q) int16, or features (T, D) float16."""
-        if self.features == "mel":                      # a last frame for the rest; codecs do it
+        if self.features == "mel":                      # pad to whole frames, as codecs do
             wav = F.pad(wav, (0, -len(wav) % self.meta["hop"]))
         array = self.encode(wav[None].to(self.device))[0].T.cpu()
         return array.to(torch.int16 if self.features == "tokens" else torch.float16).numpy()
@@ -250,7 +254,7 @@ def read_utterance(noise: Noise, item: Utterance) -> Tensor | str:
     """-> wav (S,), at its speed and with its noise, or why it cannot be read."""
     try:
         wav = read_audio(item.audio)
-        if item.speed != 1.0:           # as sox does it: faster is also higher
+        if item.speed != 1.0:           # as sox does: faster also means higher in pitch
             rate = round(SAMPLE_RATE * item.speed / 100)
             wav = torchaudio.functional.resample(wav, rate, SAMPLE_RATE // 100)
         return noise(wav, item) if item.noisy else wav
@@ -271,7 +275,7 @@ def with_copies(utterances: list[Utterance], args) -> list[Utterance]:
 
 
 def check_folder(out: Path, meta: dict):
-    """Tokens of two codecs or corpora, or copies in two kinds of noise, do not share a folder."""
+    """Raises ValueError if the folder holds tokens of another codec, corpus, noise or seed."""
     if not (out / "meta.json").exists() or not any(out.glob("*/*.npy")):
         return
     before = json.loads((out / "meta.json").read_text("utf-8"))
@@ -279,12 +283,6 @@ def check_folder(out: Path, meta: dict):
         if before[name] != meta[name]:
             raise ValueError(f"{out} holds tokens with {name} {before[name]}, not {meta[name]}: "
                              f"give another --out, or delete it")
-
-
-def save_array(path: Path, array: np.ndarray):
-    temporary = path.with_name(f".part-{path.name}")
-    np.save(temporary, array)
-    os.replace(temporary, path)
 
 
 def encode_subset(front_end: FrontEnd, utterances: list[Utterance], noise: Noise, folder: Path,
@@ -298,16 +296,17 @@ def encode_subset(front_end: FrontEnd, utterances: list[Utterance], noise: Noise
         if isinstance(wav, str):
             tqdm.write(f"skipped: {wav}")
         else:
-            save_array(folder / f"{item.id}.npy", front_end(wav))
+            write_atomically(folder / f"{item.id}.npy", front_end(wav), np.save)
 
 
-def write_rows(out: Path, subset: str, utterances: list[Utterance], skipped: list[str]):
+def write_rows(out: Path, subset: str, utterances: list[Utterance], skipped: list[str],
+               noise: Noise):
     """Write <subset>.jsonl and <subset>.skipped.txt, and say what is in them."""
     lines, seconds = [], 0.0
     for item in utterances:
         array = out / subset / f"{item.id}.npy"
         if not array.exists():
-            skipped.append(f"{item.audio}: could not be encoded")
+            skipped.append(str(read_utterance(noise, item)))        # says again why not
             continue
         row = item._asdict() | {
             "audio": str(item.audio.resolve()), "duration": round(item.duration, 3),
@@ -337,7 +336,7 @@ def tokenize(args):
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "meta.json", json.dumps(meta, indent=1).encode())
         if args.features == "tokens":
-            save_array(out / "codebooks.npy", front_end.codebooks)
+            write_atomically(out / "codebooks.npy", front_end.codebooks, np.save)
 
     for subsets in corpus.values():
         for subset, folders in subsets.items():
@@ -349,7 +348,7 @@ def tokenize(args):
             if world > 1:
                 dist.barrier()
             if rank == 0:
-                write_rows(out, subset, utterances, skipped)
+                write_rows(out, subset, utterances, skipped, noise)
     if rank == 0:
         to_train = f"train_asr.py --tokens {out} --out {out.parent / 'asr'}"
         print(f"wrote {out}; next: python "

@@ -9,8 +9,8 @@ out  runs/asr/asr.pt            the recognizer, in half precision: all that eval
     python train_asr.py --tokens runs/mine/tokens --size small --epochs 30 --out runs/mine/asr
 
 The log lines: `loss` is the CTC loss in nats per text unit, averaged over the epoch; `dev CER` and
-`dev WER` are error rates of greedy decoding; `dropped` counts training utterances that CTC cannot
-align, or that last more than a minute.
+`dev WER` are error rates of greedy decoding; `dropped` counts training utterances and copies that
+CTC cannot align, or that last more than a minute.
 
 Legend: B utterances, T token frames, T' output frames, Q codebooks, D feature size, V text units.
 Dhawan et al., arXiv 2407.03495, section 3. Everything that training needs from the codec is in the
@@ -40,7 +40,8 @@ from tqdm import tqdm
 
 from asr_model import SIZES, Augment, CodecASR
 from codec import (HelpPage, add_common_flags, check_same_flags, in_half, load_checkpoint,
-                   refuse_idle, run_stage, save_checkpoint, save_log, start_processes)
+                   refuse_idle, run_stage, save_checkpoint, save_log, start_processes,
+                   write_atomically)
 
 NOISY_SHARE = 0.5       # of the utterances, where the tokens include noisy copies
 LONGEST = 60.0          # seconds of an utterance: the memory of attention grows with its square
@@ -49,7 +50,7 @@ LONGEST = 60.0          # seconds of an utterance: the memory of attention grows
 # -------------------------------------------------------------------------------------- text units
 
 def train_units(rows: list[dict], args) -> bytes:
-    """A sentencepiece model of the training transcripts; all processes take the first one's.
+    """A sentencepiece model of the training transcripts; all processes use that of process 0.
 
     Id 0 is <unk>, for characters that no unit can write. It is never a target, and serves as the
     CTC blank.
@@ -85,7 +86,7 @@ def greedy(units: SentencePieceProcessor, log_probs: Tensor, out_len: Tensor) ->
 
 
 def split_language(text: str) -> tuple[str, str]:
-    """'<|en|> HELLO' -> 'en', 'HELLO'; without a token '', text."""
+    """'<|en|> HELLO' -> 'en', 'HELLO'; without a language token: '', text."""
     return re.fullmatch(r"(?:<\|(.*?)\|>)? *(.*)", text).groups(default="")
 
 
@@ -123,7 +124,7 @@ class TokenSet:
         return pad_sequence(arrays, batch_first=True).to(device), lengths.to(device)
 
     def batches(self, which: Sequence, frames: int, rng=None) -> list[list[int]]:
-        """Groups of like length, of at most `frames` padded frames; with rng in random order."""
+        """Groups of similar length, of at most `frames` padded frames; with rng in random order."""
         lengths = np.array([len(self.arrays[i]) for i in which])
         spread = rng.uniform(1, 1.1, len(lengths)) if rng else 1.0      # new neighbors every epoch
         groups, longest = [[]], 0
@@ -205,6 +206,13 @@ def make_optimizers(model: CodecASR, args) -> list[torch.optim.Optimizer]:
             torch.optim.AdamW([others, slow], betas=(0.9, 0.98), fused=True)]
 
 
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware computes in it."""
+    cpu = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if cpu or cuda else torch.float32
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum whose steps are made orthogonal: all directions of a matrix learn equally fast.
 
@@ -269,17 +277,11 @@ def start_model(args, meta: dict, data: TrainSet) -> CodecASR:
         model.embedding.tables.requires_grad_(args.embedding != "frozen")
     some = torch.randint(len(data.arrays), (500,))
     model.start_from(tables, torch.cat([data.arrays[i] for i in some]))
-    model.augment = Augment(args.time_masks, 0.2 * meta["sample_rate"] / meta["hop"],
-                            args.codebook_masks, args.feature_masks, args.replace,
-                            args.noisy_embedding)
+    model.augment = Augment(
+        time_masks=args.time_masks, longest_mask=0.2 * meta["sample_rate"] / meta["hop"],
+        codebook_masks=args.codebook_masks, feature_masks=args.feature_masks,
+        replace=args.replace, noisy_embedding=args.noisy_embedding)
     return model
-
-
-def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware computes in it."""
-    cpu = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if cpu or cuda else torch.float32
 
 
 def ctc_loss(net: nn.Module, data: TrainSet, group: list[int], device: torch.device) -> Tensor:
@@ -319,7 +321,8 @@ def unit_prior(model: CodecASR, data: TrainSet, device) -> Tensor:
     """
     model.eval()
     total, frames = 0.0, 0
-    for i in np.random.default_rng(0).permutation(len(data.rows))[:100]:
+    kept = [i for variants in data.variants.values() for i in sum(variants, [])]
+    for i in np.random.default_rng(0).permutation(kept)[:100]:
         log_probs, out_len = model(*data.take([i], device))                 # (1, T', V)
         total, frames = total + log_probs.exp().sum((0, 1)), frames + int(out_len)
     model.train()
@@ -329,7 +332,7 @@ def unit_prior(model: CodecASR, data: TrainSet, device) -> Tensor:
 # --------------------------------------------------------------------------------------- training
 
 def share_of_peak(step: int, progress: float, warmup: float) -> float:
-    """Of the learning rate: a warm-up, under half a cosine from 1 down to 0.
+    """Share of the peak learning rate: linear warm-up, times half a cosine from 1 to 0.
 
     progress: share of the training that is done, 0 to 1. A warm-up of less than 1,000 steps can
     leave CTC where it starts, predicting nothing but blanks.
@@ -356,6 +359,9 @@ def check_same_tokens(path: str | Path, trained: dict, tokens: str | Path, found
 def resume_recognizer(path: Path, args, meta: dict) -> dict | None:
     """The state of a run that began with the same flags and tokens; --epochs may grow."""
     if not path.exists():
+        if path.with_name("asr.pt").exists():
+            raise ValueError(f"{path.parent} holds an asr.pt without its resume.pt: give another "
+                             f"--out")
         return None
     saved = load_checkpoint(path, "asr")
     free = ["device", "out", "tokens"] + ["epochs"] * (args.epochs > saved["flags"]["epochs"])
@@ -369,8 +375,9 @@ def train(args):
     device, rank, world = start_processes(args.device)
     meta, out = read_meta(args.tokens), Path(args.out)
     if not meta["codebooks"]:
+        defaults = parse([])
         for name in ("embedding", "aggregate", "codebooks", "codebook_masks", "replace"):
-            if getattr(args, name) != getattr(parse([]), name):
+            if getattr(args, name) != getattr(defaults, name):
                 raise ValueError(f"--{name.replace('_', '-')} has no effect on {meta['features']}")
     # The checkpoint names its codec relative to itself.
     meta["codec_path"] = os.path.relpath(Path(args.tokens) / meta["codec_path"], out)
@@ -405,13 +412,13 @@ def train(args):
             progress = (epoch + number / len(groups)) / args.epochs
             rate = share_of_peak(step, progress, warmup)
             model.augment.strength = ramp(step, args)
-            # The same draws as without a resume.
+            # Reseed, so that a resumed run draws the same numbers.
             torch.manual_seed((args.seed * 1_000_000 + step) * world + rank)
 
             # A group smaller than the number of processes goes whole to all of them.
             mine, scale = (group[rank::world], world) if len(group) >= world else (group, 1)
             units = sum(len(data.targets[i]) for i in group)
-            loss = ctc_loss(net, data, mine, device) / units * scale        # DDP takes means
+            loss = ctc_loss(net, data, mine, device) / units * scale        # DDP averages gradients
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
@@ -426,8 +433,7 @@ def train(args):
         if world > 1:
             dist.all_reduce(loss)
         if not math.isfinite(loss):
-            raise ValueError(f"the loss became infinite before step {step}; the checkpoint of the "
-                             f"last epoch is kept: try a lower --lr")
+            raise ValueError(f"the loss is no longer finite at step {step}; try a lower --lr")
         if rank:
             continue
         speech = sum(data.rows[i]["duration"] for group in groups for i in group)
@@ -441,10 +447,10 @@ def train(args):
         state = {"kind": "asr", "flags": vars(args), "meta": meta, "log": log,
                  "text": data.units.serialized_model_proto(), "model": model.state_dict()}
         prior = unit_prior(model, data, device)
-        save_checkpoint(out / "asr.pt", in_half(state | {"log_prior": prior}))
-        save_checkpoint(out / "resume.pt", state | {
+        write_atomically(out / "asr.pt", in_half(state | {"log_prior": prior}), save_checkpoint)
+        write_atomically(out / "resume.pt", state | {
             "epoch": epoch + 1, "step": step,
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, save_checkpoint)
         save_log(out, log)
     if rank == 0:
         print(f"wrote {out / 'asr.pt'} (dev CER {log[-1]['dev_cer']:.1%}); next: "
@@ -495,6 +501,9 @@ def parse(arguments=None):
         refuse_idle(parser, args, "with --units char", "vocab_size")
     if min(args.epochs, args.batch, args.lr) <= 0:
         parser.error("--epochs, --batch and --lr must be above 0")
+    if min(args.codebooks, args.time_masks, args.codebook_masks, args.feature_masks, args.replace,
+           args.noisy_embedding, args.curriculum) < 0:
+        parser.error("codebooks, masks, --replace, --noisy-embedding, --curriculum: at least 0")
     return args
 
 
