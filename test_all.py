@@ -80,7 +80,7 @@ def run(stage, *arguments) -> str:
             stage.main([*map(str, arguments), *(device if stage is not study else [])])
     except SystemExit as error:         # with a text, or a number after argparse or Ctrl-C
         line = f"{told.getvalue().strip().split('error: ')[-1]} ({error})"
-        raise ValueError(error if isinstance(error.code, str) else line)
+        raise ValueError(error.code if isinstance(error.code, str) else line)
     return printed.getvalue()
 
 
@@ -356,8 +356,8 @@ def test_rvq_passes_the_decoders_gradient_once_and_every_level_pulls_on_the_enco
     close(gradient, torch.ones_like(latent))
     (gradient,) = torch.autograd.grad(result.loss, latent)
     # Level n: the gradient of the mean squared distance to the sum of the first n codes.
-    made = [quantizer.decode(result.tokens[:, :n]) for n in (1, 2, 3, 4)]
-    pulls = [2 / latent.numel() * (latent.detach() - first) for first in made]
+    sums = [quantizer.decode(result.tokens[:, :n]) for n in (1, 2, 3, 4)]
+    pulls = [2 / latent.numel() * (latent.detach() - first) for first in sums]
     close(gradient, sum(pulls) / 4, 1e-7)
 
 
@@ -390,9 +390,9 @@ def test_random_depth_leaves_each_utterance_its_first_codebooks():
         quantizer.learning, quantizer.decay, quantizer.dropout = learning, decay, 1.0
         before, result = quantizer.embed.clone(), quantizer(noise(60, 16, 6))
         assert torch.equal(quantizer.embed, before)
-        for tokens, made in zip(result.tokens, result.latent):
+        for tokens, latent in zip(result.tokens, result.latent):
             first = [quantizer.decode(tokens[None, :n])[0] for n in (1, 2, 3, 4)]
-            (depth,) = [n for n in range(4) if torch.allclose(made, first[n], atol=1e-4)]
+            (depth,) = [n for n in range(4) if torch.allclose(latent, first[n], atol=1e-4)]
             depths.add(depth)
         assert depths == {0, 1, 2, 3}
     quantizer.dropout = 0.5                             # of half of the utterances
@@ -436,27 +436,27 @@ def test_fingerprint_follows_from_the_flags_and_changes_with_the_encoder_alone()
 
 def test_report_takes_up_to_100_files_evenly_and_reconstruction_is_as_long_as_the_original():
     source = write(new_folder() / "in.wav", 0.1 * noise(1234))
-    made, report = source.with_name("out.flac"), source.with_name("report.json")
+    target, report = source.with_name("out.flac"), source.with_name("report.json")
     for number, taken in ((1, 1), (100, 100), (101, 51)):
         with redirect_stdout(io.StringIO()):
             codec.report(Codec.load(small_codec()), [source] * number, source.parent)
         assert read_json(report)["files"] == taken
     for books in (), ("--codebooks", 2):
-        run(codec, "--codec", small_codec(), "--reconstruct", source, made, *books)
-        assert sf.info(made).frames == 1234
+        run(codec, "--codec", small_codec(), "--reconstruct", source, target, *books)
+        assert sf.info(target).frames == 1234
 
 
 # ------------------------------------------------------------------------------- audio and corpora
 def test_any_rate_format_and_channel_count_becomes_16_khz_mono():
-    home, time = new_folder(), np.arange(48_000)
+    home, at = new_folder(), np.arange(48_000)
     for name, subtype, rate, channels in (
             ("a.wav", "PCM_U8", 8000, 1), ("b.wav", "PCM_16", 44_100, 2),
             ("c.flac", "PCM_24", 48_000, 8), ("d.ogg", "VORBIS", 22_050, 1)):
-        tone, expected = (0.5 * np.sin(2 * np.pi * 440 * time[:n] / n) for n in (rate, 16_000))
+        tone, expected = (0.5 * np.sin(2 * np.pi * 440 * at[:n] / n) for n in (rate, 16_000))
         write(home / name, np.stack([tone] * channels, 1), rate, subtype=subtype)
         close(read_audio(home / name)[500:-500], torch.tensor(expected[500:-500]).float(), 0.03)
     assert read_audio(write(home / "e.wav", [[0.5, 0.25]], subtype="FLOAT")).tolist() == [0.375]
-    path = write(home / "f.wav", time[:16_000] / 20_000, subtype="FLOAT")
+    path = write(home / "f.wav", at[:16_000] / 20_000, subtype="FLOAT")
     assert torch.equal(read_audio(path, seconds=0.25, at=0.5), read_audio(path)[6000:10_000])
 
 
