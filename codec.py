@@ -721,7 +721,7 @@ def run_stage(stage: Callable, args):
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("\ninterrupted: what is written is kept, and the same command continues",
+        print("\ninterrupted: files that are written are kept; repeat the command to continue",
               file=sys.stderr)
         sys.exit(130)
 
@@ -768,7 +768,9 @@ def read_audio(path: str | Path, seconds: float | None = None, at: float = 0.0) 
             while left > 0 and len(block := file.read(min(left, 1 << 20), "float32", True)):
                 blocks.append(block.mean(1))
                 left -= len(block)
-    except (OSError, RuntimeError, TypeError) as error:     # TypeError: headerless .raw
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}")
+    except (RuntimeError, TypeError) as error:              # TypeError: headerless .raw
         raise ValueError(f"{path}: not readable as audio ({str(error).splitlines()[0]}); other "
                          f"formats: ffmpeg -i in.m4a out.wav")
     wav = np.concatenate(blocks)
@@ -848,7 +850,7 @@ def nothing_found(folder: Path, wanted: dict[str, list[str]]) -> str:
     return (f"{folder}: no audio of the subsets {names}. A subset NAME is a folder NAME/ with "
             f"audio, a manifest NAME.jsonl, or */*/transcript_NAME.txt; {folder} holds "
             f"{', '.join(there[:6]) or 'nothing'}{', ...' * (len(there) > 6)}. Name your subsets "
-            f"with {' and '.join(f'--{role}' for role in wanted)}")
+            f"with {' and '.join(f'--{role}' for role in wanted)}; . is {folder} itself")
 
 
 def audio_files(subsets: dict[str, list[Path]]) -> list[Path]:
@@ -1048,24 +1050,19 @@ T         40    60   250  1750  2700    0.0   0.5   5000
 K         40    60   250  2100  2350    0.0   0.5   2100
 """
 WORD_LIST = """
-MAN M AE N | MOON M UW N | NAME N EH IY M | NINE N AA IY N | TEN T EH N | EIGHT EH IY T
-FOUR F AO R | RED R EH D | BLUE B L UW | BLACK B L AE K | WHITE W AA IY T | WATER W AO T ER
-FEET F IY T | SHOE SH UW | SEA S IY | BIRD B ER D | CAT K AE T | COW K AA UW | FOX F AA K S
-BOSS B AO S | SOON S UW N | AFTER AE F T ER | LIGHT L AA IY T | RAIN R EH IY N | TREE T R IY
-ROAD R AO UW D | LETTER L EH T ER | DOCTOR D AA K T ER | MASTER M AE S T ER | LADDER L AE D ER
-ROOM R UW M | TABLE T EH IY B L | SAND S AE N D | DESK D EH S K | SHELF SH EH L F
-FARM F AA R M | STAR S T AA R | STONE S T AO UW N | SNOW S N AO UW | SMOKE S M AO UW K
-BOAT B AO UW T | FOOD F UW D | BREAD B R EH D | SALT S AO L T | WALK W AO K | SMALL S M AO L
+MAN M AE N | MOON M UW N | NAME N EH IY M | NINE N AA IY N | TEN T EH N | EIGHT EH IY T |
+FOUR F AO R | RED R EH D | BLUE B L UW | BLACK B L AE K | WHITE W AA IY T | WATER W AO T ER |
+FEET F IY T | SHOE SH UW | SEA S IY | BIRD B ER D | CAT K AE T | COW K AA UW | FOX F AA K S |
+BOSS B AO S | SOON S UW N | AFTER AE F T ER | LIGHT L AA IY T | RAIN R EH IY N | TREE T R IY |
+ROAD R AO UW D | LETTER L EH T ER | DOCTOR D AA K T ER | MASTER M AE S T ER | LADDER L AE D ER |
+ROOM R UW M | TABLE T EH IY B L | SAND S AE N D | DESK D EH S K | SHELF SH EH L F |
+FARM F AA R M | STAR S T AA R | STONE S T AO UW N | SNOW S N AO UW | SMOKE S M AO UW K |
+BOAT B AO UW T | FOOD F UW D | BREAD B R EH D | SALT S AO L T | WALK W AO K | SMALL S M AO L |
 BELL B EH L | LEAF L IY F | SHEET SH IY T | DREAM D R IY M
 """
-PHONES = {}         # name: length, pause, F1, F2, F3, voice, hiss, peak
-for line in PHONE_TABLE.splitlines()[2:]:
-    name, *values = line.split()
-    PHONES[name] = [float(value) for value in values]
-LEXICON = {}        # word: its phones
-for entry in WORD_LIST.strip().replace("\n", "|").split("|"):
-    word, *phones = entry.split()
-    LEXICON[word] = phones
+PHONES = {name: [float(value) for value in values]
+          for name, *values in map(str.split, PHONE_TABLE.splitlines()[2:])}
+LEXICON = {word: phones for word, *phones in map(str.split, WORD_LIST.split("|"))}
 
 VOICES = {"train": range(100, 120), "dev": range(120, 123), "test": range(123, 127)}
 UTTERANCES = {"train": 600, "dev": 60, "test": 100}

@@ -236,7 +236,7 @@ def plot_utterance(recognizer: Recognizer, audio: Path, path: Path):
     array = torch.from_numpy(recognizer.front_end()(wav))                   # (T, Q)
     end, best = len(wav) / SAMPLE_RATE, recognizer.log_probs(array)[0].argmax(1)        # (T',)
     fig = Figure(figsize=(12, 7), dpi=80, layout="constrained")
-    fig.suptitle(f"recognized from the tokens: {recognizer.recognize(array)}")
+    fig.suptitle(f"recognized: {recognizer.recognize(array)}")
     axes = fig.subplots(3, 1, sharex=True)
     axes[0].plot(np.linspace(0, end, len(wav)), wav, linewidth=0.4)
     mel = LogMel(512, 160, 80)(wav[None])[0]
@@ -249,7 +249,8 @@ def plot_utterance(recognizer: Recognizer, audio: Path, path: Path):
         piece = recognizer.units.id_to_piece(int(best[t])).strip("\u2581")
         axes[2].text((t + 0.5) / len(best), height, piece, ha="center",
                      transform=axes[2].transAxes)
-    for axis, label in zip(axes, ("amplitude", "mel band", "codebook")):
+    features = "codebook" if recognizer.meta["codebooks"] else recognizer.meta["features"]
+    for axis, label in zip(axes, ("amplitude", "mel band", features)):
         axis.set(ylabel=label, xlim=(0, end))
     axes[2].set_xlabel("seconds")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -421,6 +422,8 @@ def parse(arguments=None):
                     "prior_weight")
     if args.compare:
         refuse_idle(parser, args, "with --compare", "asr")
+    if args.beam < 1:
+        parser.error("--beam must be above 0")
     return args
 
 

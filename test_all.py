@@ -8,6 +8,7 @@ pytest runs them, too. The last line counts: "N passed, M failed". Files go to a
 
 import gzip
 import hashlib
+import http.server
 import io
 import json
 import math
@@ -19,10 +20,11 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 import traceback
 from contextlib import redirect_stderr, redirect_stdout, suppress
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -481,7 +483,11 @@ def test_download_is_checked_and_unpacked_inside_its_folder():
             for name in ("LibriSpeech/train-clean-5/1/1/1-1-0000.flac", member):
                 tar.addfile(tarfile.TarInfo(name), io.BytesIO())
         md5 = {"train-clean-5": md5 or hashlib.md5(archive.read_bytes()).hexdigest()}
-        with (mock.patch.multiple(codec, OPENSLR=home.as_uri(), MD5=md5),
+        serve = partial(http.server.SimpleHTTPRequestHandler, directory=home)
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        with (mock.patch.multiple(codec, OPENSLR=url, MD5=md5),
               redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO())):
             codec.fetch_librispeech(home / "data", "train-clean-5")
     home = new_folder()
@@ -925,7 +931,7 @@ def test_scripts_end_bad_input_and_ctrl_c_with_one_line():
     assert [path.name for path in lost.parent.rglob("*.pt")] == ["half.pt"]
     for stage, name in ((codec, "train"), (train_asr, "train"), (evaluate, "evaluate")):
         with mock.patch.object(stage, name, side_effect=KeyboardInterrupt):
-            refused("the same command continues (130)", run, stage)
+            refused("repeat the command to continue (130)", run, stage)
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ import json
 import math
 import os
 import re
+import shlex
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from functools import partial
@@ -74,6 +75,9 @@ def read_subset(folders: list[Path], subset: str) -> tuple[list[Utterance], list
             try:
                 if not item.text or "\ufffd" in item.text:
                     raise ValueError("its transcript is empty, or not UTF-8")
+                if item.id in kept and item.audio != kept[item.id].audio:
+                    # As 001.wav of each speaker.
+                    item = item._replace(id=f"{item.audio.parent.name}-{item.id}")
                 if item.id in kept:
                     raise ValueError(f"{kept[item.id].audio} has the same id")
                 if not item.audio.exists():
@@ -95,8 +99,9 @@ def read_librispeech(folder: Path, subset: str, skipped: list[str]) -> Iterator[
     for path in transcripts:
         for name, *words in read_lines(path):
             file = audio.pop((path.parent, name), None)
+            speaker = name.split("-")[0] if "-" in name else path.parent.name
             if file:
-                yield Utterance(name, " ".join(words), "", name.split("-")[0], file)
+                yield Utterance(name, " ".join(words), "", speaker, file)
             else:
                 skipped.append(f"{path}: {name} has no audio file of its own")
     skipped += [f"{path}: no transcript names it" for path in audio.values()]
@@ -250,14 +255,17 @@ class FrontEnd:
         return array.to(torch.int16 if self.features == "tokens" else torch.float16).numpy()
 
 
-def read_utterance(noise: Noise, item: Utterance) -> Tensor | str:
-    """-> wav (S,), at its speed and with its noise, or why it cannot be read."""
+def read_utterance(noise: Noise, item: Utterance) -> np.ndarray | str:
+    """-> wav (S,), at its speed and with its noise, or why it cannot be read.
+
+    An array, as a tensor that is on its way from another process makes Ctrl-C end in a traceback.
+    """
     try:
         wav = read_audio(item.audio)
         if item.speed != 1.0:           # as sox does: faster also means higher in pitch
             rate = round(SAMPLE_RATE * item.speed / 100)
             wav = torchaudio.functional.resample(wav, rate, SAMPLE_RATE // 100)
-        return noise(wav, item) if item.noisy else wav
+        return (noise(wav, item) if item.noisy else wav).numpy()
     except ValueError as error:
         return str(error)
 
@@ -296,7 +304,7 @@ def encode_subset(front_end: FrontEnd, utterances: list[Utterance], noise: Noise
         if isinstance(wav, str):
             tqdm.write(f"skipped: {wav}")
         else:
-            write_atomically(folder / f"{item.id}.npy", front_end(wav), np.save)
+            write_atomically(folder / f"{item.id}.npy", front_end(torch.from_numpy(wav)), np.save)
 
 
 def write_rows(out: Path, subset: str, utterances: list[Utterance], skipped: list[str],
@@ -350,9 +358,12 @@ def tokenize(args):
             if rank == 0:
                 write_rows(out, subset, utterances, skipped, noise)
     if rank == 0:
-        to_train = f"train_asr.py --tokens {out} --out {out.parent / 'asr'}"
-        print(f"wrote {out}; next: python "
-              + (to_train if corpus["train"] else f"evaluate.py --asr ... --tokens {out}"))
+        asr = out.with_name("asr" if out.name == "tokens" else f"asr-{out.name}")
+        command = ["python", "train_asr.py", "--tokens", str(out), "--out", str(asr)]
+        if not corpus["train"]:             # the recognizer may lie beside its codec
+            asr = Path(args.codec).parent
+            command = ["python", "evaluate.py", "--asr", str(asr), "--tokens", str(out)]
+        print(f"wrote {out}; next: {shlex.join(command)}")
 
 
 # -------------------------------------------------------------------------------------------- main

@@ -22,6 +22,7 @@ import json
 import math
 import os
 import re
+import shlex
 import time
 from argparse import ArgumentParser
 from collections.abc import Iterable, Sequence
@@ -95,7 +96,8 @@ def split_language(text: str) -> tuple[str, str]:
 def read_meta(folder: str | Path) -> dict:
     path = Path(folder) / "meta.json"
     if not path.is_file():
-        raise ValueError(f"{folder}: no tokens here; run tokenize_corpus.py first")
+        raise ValueError(f"{folder}: no tokens here; run tokenize_corpus.py, or name others with "
+                         f"--tokens")
     return json.loads(path.read_text("utf-8"))
 
 
@@ -453,8 +455,10 @@ def train(args):
             "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, save_checkpoint)
         save_log(out, log)
     if rank == 0:
+        report = out.with_name(out.name.replace("asr", "eval", 1))
+        command = ["python", "evaluate.py", "--asr", str(out / "asr.pt"), "--out", str(report)]
         print(f"wrote {out / 'asr.pt'} (dev CER {log[-1]['dev_cer']:.1%}); next: "
-              f"python evaluate.py --asr {out / 'asr.pt'} --out {out.parent / 'eval'}")
+              f"{shlex.join(command)}")
 
 
 # --------------------------------------------------------------------------------------------- main

@@ -75,7 +75,7 @@ def draw_lines(rows, points, xlabel, ylabel, title):
         key = label.split(":")[0], run["flags"]["seed"]
         for panel, x, y in points(run):
             panels.setdefault(panel, {}).setdefault(key, []).append((x, y))
-    if not panels:
+    if sum(len(line) for lines in panels.values() for line in lines.values()) < 2:
         return None
     fig, axes = canvas(title, 5 + 1.5 * len(panels), 5, len(panels))
     colors = {}
@@ -84,6 +84,8 @@ def draw_lines(rows, points, xlabel, ylabel, title):
             color = colors.setdefault(label, COLORS[len(colors) % len(COLORS)])
             axis.plot(*zip(*sorted(line)), "o-", color=color, label=label)
         axis.set(title=panel, xlabel=xlabel)
+        if points == learning:
+            axis.xaxis.get_major_locator().set_params(integer=True)
         if points == noise:
             axis.set_xticks([0, 10, 20, CLEAN], ["0", "10", "20", "clean"])
     axes[0].set_ylabel(ylabel)

@@ -170,7 +170,7 @@ noise)          # 120: these runs in noise; after baseline, log-mel, pink*, nois
     noise runs/study/tokens-pink runs/study/pink{,-1}
     noise runs/study/tokens-pink-log-mel runs/study/pink-log-mel{,-1}
     ;;
-lang)           # 170: 46 languages on tokens; README.md says what data/commonvoice is
+lang)           # 170: 46 languages on tokens; data/commonvoice holds manifests of Common Voice
     python tokenize_corpus.py --corpus data/commonvoice --speeds 0.8 0.9 1.1 1.2 \
         --codec runs/mini/codec/codec.pt --out runs/lang/tokens
     seeds runs/lang/asr runs/lang/tokens --size small --epochs 30 --lr 0.0015 \
@@ -198,5 +198,6 @@ report)         # 1: all of it into study.json, tables and pictures
 *)
     echo "bash results/study.sh NAME, where NAME is one of these (minutes: what):"
     grep -E '^[a-z0-9.-]+\) ' results/study.sh | tr -d ')#'
+    [ -z "${1-}" ]
     ;;
 esac
