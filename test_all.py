@@ -2,7 +2,6 @@
 
     python test_all.py                  # all, about a minute on two CPU cores
     python test_all.py noise resume     # those with one of these words in their names
-
 pytest runs them, too. The last line counts: "N passed, M failed". Files go to a temporary folder.
 """
 
@@ -272,9 +271,11 @@ def test_adversarial_training_of_a_finished_codec_changes_its_decoder_alone():
         if kind == "rvq":
             (out / "resume.pt").unlink()                # as a codec that was published
         flags = ["--corpus", corpus(), *CODEC, *books, "--adversarial", "--steps", 2, "--crop", 0.1]
-        with mock.patch.object(ResidualVQ, "random_depth", autospec=True,
-                               side_effect=ResidualVQ.random_depth) as depth:
+        with (mock.patch.object(ResidualVQ, "random_depth", autospec=True,
+                                side_effect=ResidualVQ.random_depth) as depth,
+              mock.patch.object(codec, "Crops", side_effect=codec.Crops) as crops):
             run(codec, *flags, "--out", out)
+        assert crops.call_args.args[1:] == (0, 1600, 2)         # seed, samples, crops per step
         # Half of the crops keep only their first codebooks, as in the training before.
         assert [call.args[0].training for call in depth.call_args_list] == depths
         before, after = Codec.load(small_codec("mel", kind)), Codec.load(out / "codec.pt")
@@ -316,7 +317,6 @@ def test_two_processes_learn_what_one_learns():
     assert same_weights(two / "books0.pt", books)       # RVQ's, with revived codes
 
 
-# -------------------------------------------------------------------------------------- quantizers
 def make_latent(time=60) -> torch.Tensor:
     return noise(4, 16, time) * torch.linspace(2, 0.2, 16)[:, None]         # (B, D, T)
 
@@ -402,7 +402,6 @@ def test_random_depth_leaves_each_utterance_its_first_codebooks():
     close((depth == 4).float().mean(), torch.tensor(0.625), 0.03)
 
 
-# ------------------------------------------------------------------------------------------- codec
 def test_tokens_are_ceil_of_samples_over_hop_and_decode_to_as_many_hops():
     for kind, hop in product(FOUR, (400, 200)):
         model = Codec(*kind, strides=(2, 4, 5, hop // 40)).eval()
@@ -448,7 +447,6 @@ def test_report_takes_up_to_100_files_evenly_and_reconstruction_is_as_long_as_th
         assert sf.info(target).frames == 1234
 
 
-# ------------------------------------------------------------------------------- audio and corpora
 def test_any_rate_format_and_channel_count_becomes_16_khz_mono():
     home, at = new_folder(), np.arange(48_000)
     for name, subtype, rate, channels in (
@@ -466,7 +464,8 @@ def test_no_voice_and_no_sentence_is_in_two_subsets():
     home, owner = new_folder(), {}
     with (mock.patch.object(codec, "speak"), mock.patch.object(codec.sf, "write"),      # no audio
           redirect_stderr(io.StringIO())):
-        codec.make_synthetic(home)
+        for _ in range(2):                  # a corpus that is there is left as it is
+            codec.prepare("synthetic", home, {})
     for path in home.rglob("*.trans.txt"):
         subset, speaker = path.relative_to(home).parts[:2]
         for line in path.read_text().splitlines():
@@ -523,7 +522,6 @@ def test_three_layouts_are_read_as_one_corpus_and_no_name_leads_out_of_the_outpu
     assert sorted(home.rglob("*")) == before
 
 
-# ------------------------------------------------------------------------------------------ tokens
 def test_token_folder_holds_what_the_recognizer_needs_and_takes_no_other_tokens():
     model, meta = Codec.load(small_codec()), train_asr.read_meta(small_tokens())
     sizes = [meta[name] for name in ("hop", "sample_rate", "codebooks", "codebook_size", "dim")]
@@ -627,7 +625,6 @@ def test_unreadable_audio_is_named_and_silence_gives_no_nan():
         assert path.name in skipped
 
 
-# -------------------------------------------------------------------------------------- recognizer
 def make_asr(**more) -> CodecASR:
     sizes = dict(num_codebooks=3, codebook_size=20, dim=8, size="tiny")
     return CodecASR(12, **sizes | more).eval()
@@ -688,7 +685,6 @@ def test_masks_hide_codebooks_frames_and_bands_within_the_utterance():
     assert (Augment(1, longest_mask=2.0).hide(ones, lengths) == 0).any(2).sum(1).max() == 2
 
 
-# ---------------------------------------------------------------------------------------- training
 def test_text_units_give_text_and_language_back():
     texts = {"en": "NINE MEN SEE", "de": "ÜBER DEN FLUß", "he": "מים ומלח", "et": "KAAPPI"}
     rows = [{"text": text, "lang": lang} for lang, text in texts.items()]
@@ -772,7 +768,6 @@ def test_optimizers_follow_their_schedules_and_muon_makes_orthogonal_steps():
         assert 0.6 < along.min() and along.max() < 1.3
 
 
-# -------------------------------------------------------------------------------------- evaluation
 def test_error_rates_are_those_of_jiwer_and_intervals_wider_where_errors_come_by_speaker():
     def make_score(refs, hyps, speakers):
         rows = [{"text": r, "speaker": f"s{i % speakers}", "lang": ""} for i, r in enumerate(refs)]
@@ -874,7 +869,6 @@ def test_windows_of_a_long_recording_read_every_frame_once():
         close(recognizer.log_probs(tokens[0]), whole, 1e-4)
 
 
-# ------------------------------------------------------------------------------------------ errors
 def test_a_checkpoint_runs_no_strangers_code_and_lacks_nothing():
     path, evil, tokens = new_folder() / "part.pt", new_folder() / "evil", letter_tokens(train=["A"])
     trap = type("Trap", (), {"__reduce__": lambda self: (open, (str(evil), "w"))})()

@@ -46,8 +46,8 @@ STUDY_FILE = Path(__file__).with_name("study.json")
 STUDY = """
 headline            tokens: against log-mel         runs/headline/asr          runs/headline/asr-mel
 headline            log-mel                         runs/headline/asr-mel      -
-quick run           tokens: against log-mel         runs/mini/asr              runs/mini/asr-mel
-quick run           log-mel                         runs/mini/asr-mel          -
+quick run           tokens: against log-mel         runs/quick/masks           runs/quick/masks-mel
+quick run           log-mel                         runs/quick/masks-mel       -
 embedding tables    start as codebooks              runs/study/baseline        -
 embedding tables    start as shuffled codebooks     runs/study/shuffled        runs/study/baseline
 embedding tables    start at random                 runs/study/random          runs/study/baseline
@@ -72,7 +72,7 @@ codec               mel encoder, RVQ                runs/study/baseline        -
 codec               mel encoder, FSQ                runs/study/fsq             runs/study/baseline
 codec               time encoder, RVQ               runs/study/time            runs/study/baseline
 codec               time encoder, FSQ               runs/study/time-fsq        runs/study/baseline
-masks               the default ones                runs/mini/asr              runs/study/baseline
+masks               the default ones                runs/quick/masks           runs/study/baseline
 noise               tokens                          runs/study/baseline        -
 noise               tokens, trained in pink noise   runs/study/pink            runs/study/baseline
 noise               log-mel                         runs/study/log-mel         -

@@ -53,11 +53,11 @@ headline-mel)   # 170: the headline, on log-mel
     seed 0 runs/headline/asr-mel runs/mini/mel --size small --epochs 30
     python evaluate.py --asr runs/headline/asr-mel --lm $lm --out runs/headline/asr-mel/eval-lm
     ;;
-quick)          # 80: the quick run of the README, with the default masks
-    seeds runs/mini/asr runs/mini/tokens --epochs 12
+quick)          # 80: the README's run of 12 epochs, but with the default masks
+    seeds runs/quick/masks runs/mini/tokens --epochs 12
     ;;
 quick-mel)      # 75: the same on log-mel
-    seeds runs/mini/asr-mel runs/mini/mel --epochs 12
+    seeds runs/quick/masks-mel runs/mini/mel --epochs 12
     ;;
 baseline)       # 80: what the others are compared with
     asr baseline runs/mini/tokens
