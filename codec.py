@@ -22,9 +22,8 @@ speech, and `matching` as its layers respond more alike to both.
 wav (B, S) -> encoder -> latent (B, D, T) -> quantizer -> tokens (B, Q, T) -> decoder -> wav (B, S)
 Legend: B utterances, S samples, T token frames, D latent size, Q codebooks, C channels, M bands.
 
-Read the encoders, the decoder, `Codec`, the losses and `train`: about half of the file. The
-sections on files, audio and corpora serve all stages. The last two, downloads and synthetic speech,
-can be skipped.
+Read the encoders, the decoder, `Codec`, the losses and `train`. The sections on files and corpora
+serve all stages and can be skimmed; the last two, downloads and synthetic speech, can be skipped.
 
 Dhawan et al., arXiv 2407.03495, section 2. The mel encoder and the losses follow NVIDIA's published
 recipes (NeMo audio_codec_16000 and mel_codec). The decoder is Vocos (arXiv 2306.00814) instead of
@@ -397,6 +396,115 @@ def discriminator_loss(discriminator: nn.Module, wav: Tensor, made: Tensor) -> T
     return total / len(Discriminator.WINDOWS)
 
 
+# ------------------------------------------------------- files, devices and flags, for all stages
+
+def write_atomically(path: Path, data, save: Callable = Path.write_bytes):
+    """save(path, data), so that a reader finds the old file or the new one, never half of one."""
+    temporary = path.with_name(f".part-{path.name}")
+    save(temporary, data)
+    os.replace(temporary, path)
+
+
+def save_checkpoint(path: Path, checkpoint: dict):
+    torch.save(checkpoint, path)
+
+
+def in_half(checkpoint: dict) -> dict:
+    """The same checkpoint with its weights in half precision."""
+    weights = {name: value.half() if value.is_floating_point() else value
+               for name, value in checkpoint["model"].items()}
+    return checkpoint | {"model": weights}
+
+
+def save_log(out: Path, log: list[dict]):
+    write_atomically(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log).encode())
+
+
+def save_skipped(path: Path, messages: list[str]):
+    """Write what could not be used, one line each, and print how many."""
+    text = "".join(f"{message}\n" for message in messages)
+    write_atomically(path, text.encode(errors="replace"))       # a file's name may be no UTF-8
+    if messages:
+        print(f"  {len(messages)} skipped, named in {path}: {messages[0]!a}")
+
+
+def load_checkpoint(path: str | Path, kind: str) -> dict:
+    """Raises ValueError unless path holds a checkpoint of this kind. Runs no code from the file."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file; train it first, or give its path")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["kind"] == kind:
+            return saved
+    except Exception:                   # torch raises many types for a damaged file
+        pass
+    raise ValueError(f"{path}: damaged, or no {kind} checkpoint of this project")
+
+
+def check_same_flags(path: Path, flags: dict, args, free: list[str]):
+    """A run resumes only with the flags it began with, except for those that are free."""
+    for name, now in vars(args).items():
+        if name not in free and now != flags[name]:
+            raise ValueError(f"{path} was trained with --{name.replace('_', '-')} {flags[name]}, "
+                             f"not {now}: give another --out, or delete it")
+
+
+def add_common_flags(parser: ArgumentParser, out: str):
+    add = parser.add_argument_group("running").add_argument
+    add("--seed", type=int, default=0, help="random seed: weights, data order, masks, noise")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
+    add("--out", default=out, help="folder to write")
+
+
+def refuse_idle(parser: ArgumentParser, args, why: str, *names: str):
+    """A flag without effect is an error."""
+    for name in names:
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} has no effect {why}")
+
+
+def pick_device(name: str) -> str:
+    found = torch.accelerator.current_accelerator(check_available=True)
+    best = found.type if found else "cpu"
+    if name not in ("auto", "cpu", best):
+        raise ValueError(f"--device {name}: not available here; try --device cpu")
+    return best if name == "auto" else name
+
+
+def start_processes(name: str) -> tuple[torch.device, int, int]:
+    """-> device, rank, number of processes: more than one where torchrun started this script."""
+    device, world = pick_device(name), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        # The others may have to wait while the first one downloads a corpus.
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=12))
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+    return torch.device(device), int(os.environ.get("RANK", 0)), world
+
+
+def run_stage(stage: Callable, args):
+    """Bad input and Ctrl-C end a script with one line."""
+    try:
+        stage(args)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\ninterrupted: files that are written are kept; repeat the command to continue",
+              file=sys.stderr)
+        sys.exit(130)
+
+
+class HelpPage(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
+    """Keeps the line breaks of the file's docstring, and shows the defaults that there are."""
+
+    def _get_help_string(self, action):
+        has_default = action.default not in (None, [])
+        return super()._get_help_string(action) if has_default else action.help
+
+
 # ---------------------------------------------------------------------------------------- training
 
 class Crops:
@@ -623,115 +731,6 @@ def reconstruct(args):
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"{target}: cannot be written as audio ({error})")
     print(f"wrote {target}: {tokens.shape[2]} frames of {tokens.shape[1]} tokens")
-
-
-# ------------------------------------------------------- files, devices and flags, for all stages
-
-def write_atomically(path: Path, data, save: Callable = Path.write_bytes):
-    """save(path, data), so that a reader finds the old file or the new one, never half of one."""
-    temporary = path.with_name(f".part-{path.name}")
-    save(temporary, data)
-    os.replace(temporary, path)
-
-
-def save_checkpoint(path: Path, checkpoint: dict):
-    torch.save(checkpoint, path)
-
-
-def in_half(checkpoint: dict) -> dict:
-    """The same checkpoint with its weights in half precision."""
-    weights = {name: value.half() if value.is_floating_point() else value
-               for name, value in checkpoint["model"].items()}
-    return checkpoint | {"model": weights}
-
-
-def save_log(out: Path, log: list[dict]):
-    write_atomically(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log).encode())
-
-
-def save_skipped(path: Path, messages: list[str]):
-    """Write what could not be used, one line each, and print how many."""
-    text = "".join(f"{message}\n" for message in messages)
-    write_atomically(path, text.encode(errors="replace"))       # a file's name may be no UTF-8
-    if messages:
-        print(f"  {len(messages)} skipped, named in {path}: {messages[0]!a}")
-
-
-def load_checkpoint(path: str | Path, kind: str) -> dict:
-    """Raises ValueError unless path holds a checkpoint of this kind. Runs no code from the file."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file; train it first, or give its path")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["kind"] == kind:
-            return saved
-    except Exception:                   # torch raises many types for a damaged file
-        pass
-    raise ValueError(f"{path}: damaged, or no {kind} checkpoint of this project")
-
-
-def check_same_flags(path: Path, flags: dict, args, free: list[str]):
-    """A run resumes only with the flags it began with, except for those that are free."""
-    for name, now in vars(args).items():
-        if name not in free and now != flags[name]:
-            raise ValueError(f"{path} was trained with --{name.replace('_', '-')} {flags[name]}, "
-                             f"not {now}: give another --out, or delete it")
-
-
-def add_common_flags(parser: ArgumentParser, out: str):
-    add = parser.add_argument_group("running").add_argument
-    add("--seed", type=int, default=0, help="random seed: weights, data order, masks, noise")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
-    add("--out", default=out, help="folder to write")
-
-
-def refuse_idle(parser: ArgumentParser, args, why: str, *names: str):
-    """A flag without effect is an error."""
-    for name in names:
-        if getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name.replace('_', '-')} has no effect {why}")
-
-
-def pick_device(name: str) -> str:
-    found = torch.accelerator.current_accelerator(check_available=True)
-    best = found.type if found else "cpu"
-    if name not in ("auto", "cpu", best):
-        raise ValueError(f"--device {name}: not available here; try --device cpu")
-    return best if name == "auto" else name
-
-
-def start_processes(name: str) -> tuple[torch.device, int, int]:
-    """-> device, rank, number of processes: more than one where torchrun started this script."""
-    device, world = pick_device(name), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        # The others may have to wait while the first one downloads a corpus.
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=12))
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(device)
-    return torch.device(device), int(os.environ.get("RANK", 0)), world
-
-
-def run_stage(stage: Callable, args):
-    """Bad input and Ctrl-C end a script with one line."""
-    try:
-        stage(args)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("\ninterrupted: files that are written are kept; repeat the command to continue",
-              file=sys.stderr)
-        sys.exit(130)
-
-
-class HelpPage(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
-    """Keeps the line breaks of the file's docstring, and shows the defaults that there are."""
-
-    def _get_help_string(self, action):
-        has_default = action.default not in (None, [])
-        return super()._get_help_string(action) if has_default else action.help
 
 
 # ------------------------------------------------------------- audio and corpora, for all stages

@@ -170,8 +170,9 @@ class Score:
         self.rows, self.hyps = rows, [split_language(hyp) for hyp in hyps]
         self.refs = [row["text"] for row in rows]
         texts = [text for _, text in self.hyps]
-        self.words = errors(jiwer.process_words, self.refs, texts)
-        self.chars = errors(jiwer.process_characters, self.refs, texts)
+        # Errors and reference length of each utterance, (N, 2).
+        self.words = count_errors(jiwer.process_words, self.refs, texts)
+        self.chars = count_errors(jiwer.process_characters, self.refs, texts)
         speakers = [row["speaker"] for row in rows]
         # The bootstrap draws speakers, or utterances where there are fewer than five speakers.
         drawn = speakers if len(set(speakers)) >= 5 else range(len(rows))
@@ -196,7 +197,7 @@ class Score:
         return result
 
 
-def errors(process, refs: list[str], hyps: list[str]) -> np.ndarray:
+def count_errors(process, refs: list[str], hyps: list[str]) -> np.ndarray:
     """-> errors and reference length of each utterance, (N, 2)."""
     counts = []
     for found in map(process, refs, hyps):

@@ -44,7 +44,6 @@ from quantizers import GroupFSQ, ResidualVQ, usage_and_perplexity
 from results import study
 from tokenize_corpus import Noise, Utterance
 from train_asr import TokenSet, TrainSet
-
 HOME = Path(__file__).resolve().parent
 PAGES = {page: (HOME / page).read_text("utf-8") for page in ("README.md", "results/README.md")}
 STAGES = {stage.__name__: stage for stage in (codec, tokenize_corpus, train_asr, evaluate)}
@@ -682,8 +681,8 @@ def test_masks_hide_codebooks_frames_and_bands_within_the_utterance():
     spans = Augment().spans(200, lengths, 300, lengths / 4)             # (B, n, T)
     assert (spans.sum(2) <= 0.25 * lengths[:, None] + 1).all() and not spans[:20, :, 100:].any()
     close(spans.float().mean() / 0.75, torch.tensor(0.125), 0.01)       # half as wide on average
-    at = (spans * torch.arange(200)).sum(2) / spans.sum(2)
-    close(at[20:].nanmean(), torch.tensor(99.5), 2.0)                   # anywhere
+    at = (spans * torch.arange(200)).sum(2) / spans.sum(2)              # anywhere
+    close(at[20:].nanmean(), torch.tensor(99.5), 2.0)
     hidden = Augment(codebook_masks=1).visible(torch.zeros(40, 200, 4), lengths) == 0
     assert (hidden.any(1).sum(1) <= 1).all() and 0.1 < hidden[20:].float().mean() * 4 < 0.4
     for masks, dim in ((Augment(time_masks=4), 2), (Augment(feature_masks=1), 1)):
@@ -761,8 +760,8 @@ def test_optimizers_follow_their_schedules_and_muon_makes_orthogonal_steps():
     rates = [train_asr.share_of_peak(step, step / 2000, 300) for step in steps]
     assert np.allclose(rates, [1 / 300, 0.4965, 0.9459, 0.9455, 0.5, 0.0], 0, 1e-3)
     optimizers = train_asr.make_optimizers(make_asr(), args)
-    (muon, *_), (others, tables) = (optimizer.param_groups for optimizer in optimizers)
-    assert [group["peak"] for group in (muon, others, tables)] == [2.5, 1, 0.1]
+    (muon, *_), adam = (optimizer.param_groups for optimizer in optimizers)
+    assert [group["peak"] for group in (muon, *adam)] == [2.5, 1, 0.1]
     matrices = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((96, 24), (24, 96), (96, 24))]
     for matrix in matrices:
         matrix.grad = torch.randn_like(matrix)

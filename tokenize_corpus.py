@@ -236,7 +236,7 @@ class FrontEnd:
             self.encode = LogMel(mel_window(hop), hop, 80).to(device)
             self.meta |= {"codec": f"mel-{hop}", "dim": 80}
             return
-        own = Path(codec_path).name != "encodec"        # which meta.json holds as a path, too
+        own = Path(codec_path).name != "encodec"        # of which meta.json makes a path
         codec = Codec.load(codec_path, device) if own else Encodec(device)
         self.encode = codec.encode if features == "tokens" else codec.latent
         self.codebooks = codec.codebooks().cpu().numpy()                    # (Q, K, D)
