@@ -1,6 +1,6 @@
 """The promises of this project, one test each, on small audio that the tests make themselves.
 
-    python test_all.py                  # all, about a minute on two CPU cores; pytest runs them, too
+    python test_all.py                  # all, about a minute on two cores; pytest runs them, too
     python test_all.py noise resume     # those with one of these words in their names
 The last line counts: "N passed, M failed". Files go to a temporary folder.
 """
@@ -54,7 +54,7 @@ RVQ = ["--quantizer", "rvq", "--codebook-size", 64]
 CODEC = ["--steps", 5, "--batch", 2, "--crop", 0.5, "--codebooks", 4]
 MEL = ["--features", "mel"]
 COPIES = [*MEL, "--hop", 160, "--speeds", 0.5, "--noise", "white", "--copies", 2]
-READING = ["--epochs", 5, "--batch", 3, "--lr", 0.006, "--time-masks", 0, "--feature-masks", 0]
+READING = "--epochs 5 --batch 3 --lr .006 --time-masks 0 --feature-masks 0 --subsampling 1".split()
 
 
 def new_folder() -> Path:
@@ -272,7 +272,6 @@ def test_adversarial_training_of_a_finished_codec_changes_its_decoder_alone():
               mock.patch.object(codec, "Crops", side_effect=codec.Crops) as crops):
             run(codec, *flags, "--out", out)
         assert crops.call_args.args[1:] == (0, 1600, 2)         # seed, samples, crops per step
-        # Half of the crops keep only their first codebooks, as in the training before.
         assert [call.args[0].training for call in depth.call_args_list] == depths
         before, after = Codec.load(small_codec("mel", kind)), Codec.load(out / "codec.pt")
         assert before.fingerprint == after.fingerprint
@@ -833,9 +832,10 @@ def test_transcription_is_what_the_tokens_give():
     assert f"skipped: {home / 'lost.wav'}" in printed
     recognizer, pictures = Recognizer(small_asr().parent, "cpu"), list(home.glob("out/*.png"))
     for array, path in zip(data.arrays, paths):
-        text = recognizer.recognize(array)
-        assert f"{path}: {text}\n" in printed and recognizer.transcribe(path) == text
-    assert not drawn or len(pictures) == 2 and all(f"wrote {path}" in printed for path in pictures)
+        assert f"{path}: {recognizer.recognize(array)}\n" in printed
+    assert len(pictures) == len(drawn) - 1 if drawn else not pictures
+    for path in pictures:               # a PNG says its width and height, which are 960 by 560
+        assert f"wrote {path}" in printed and path.read_bytes()[16:24].hex() == "000003c000000230"
 
 
 def test_beam_search_writes_words_of_the_language_model_that_the_weights_favor():
@@ -913,13 +913,12 @@ def test_scripts_end_bad_input_and_ctrl_c_with_one_line():
     speech, no_dev = ["--corpus", corpus()], ["--corpus", strange.parent, "--train", strange.name]
     for stage, what, *flags in (
             (codec, "--train lost: no such subset", *speech, "--train", "lost"),
-            (codec, f"{lost.parent}: no audio", *speech, lost.parent),
             (codec, "at most 32768", *RVQ, "--codebook-size", 40_000),
             (tokenize_corpus, "needs a dev subset", *no_dev, *MEL),
             (tokenize_corpus, "damaged", *speech, "--codec", half),
             (train_asr, "without a language", "--tokens", letters(), "--lang-token"),
             (train_asr, "no effect on mel", "--tokens", tokens_with_copies(), "--replace", 0.1),
-            (train_asr, "at least 0", "--time-masks", -1),
+            (train_asr, "at least 0", "--time-masks", -1), (train_asr, "above 0", "--epochs", 0),
             (evaluate, "--beam has no effect", "--asr", asr, "--beam", 9),
             (evaluate, "codec", "--asr", asr, "--codec", other, "--audio", audio)):
         refused(what, run, stage, *flags, "--out", lost)
