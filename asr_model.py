@@ -126,7 +126,7 @@ class Attention(nn.Module):
         """y (B, T, C), mask (B, 1, 1, T) -> (B, T, C)."""
         qkv = self.qkv(self.norm(y)).unflatten(2, (3, HEADS, -1))          # (B, T, 3, H, C/H)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                        # (B, H, T, C/H)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)                             # float32
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)             # float32, as the angles are
         with torch.autocast("cpu", enabled=False):      # on a CPU, attention is slower in bfloat16
             heads = F.scaled_dot_product_attention(q, k, v.float(), attn_mask=mask)
         return self.out(heads.transpose(1, 2).flatten(2))

@@ -511,7 +511,8 @@ class Crops:
     """Random crops of audio files. Crop n depends on seed and n alone, so that runs can resume."""
 
     def __init__(self, files: list[Path], seed: int, length: int, batch: int):
-        self.files, self.seed, self.length, self.batch = files, seed, length, batch
+        self.files = [*dict.fromkeys(files)]        # each once: a manifest may repeat them
+        self.seed, self.length, self.batch = seed, length, batch
         self.unreadable = {}            # path: why
 
     def __getitem__(self, number: int) -> Tensor:
@@ -522,7 +523,7 @@ class Crops:
             if path in self.unreadable:
                 continue
             try:
-                wav = read_audio(path, self.length / SAMPLE_RATE, at)
+                wav = read_audio(path, self.length / SAMPLE_RATE, at=at)
                 return F.pad(wav, (0, self.length - len(wav)))      # or cut
             except ValueError as error:
                 self.unreadable[path] = str(error)
@@ -603,6 +604,7 @@ def train(args):
     device, rank, world = start_processes(args.device)
     if args.batch % world:
         raise ValueError(f"--batch {args.batch}: must be a multiple of the {world} processes")
+    # {role: {subset: folders that have it}}
     corpus = find_subsets(args.corpus, train=args.train, dev=args.dev)
     files, dev = audio_files(corpus["train"]), audio_files(corpus["dev"])
     if not files:
@@ -706,8 +708,9 @@ def report(codec: Codec, files: list[Path], out: Path):
     if not tokens:
         print("no dev audio: no report")
         return
-    usage, perplexity = usage_and_perplexity(torch.cat(tokens, 2), codec.quantizer.codebook_size)
-    result = {"files": len(tokens), "mel_distance": np.mean(distances).round(4),
+    tokens = torch.cat(tokens, 2).cpu()
+    usage, perplexity = usage_and_perplexity(tokens, codec.quantizer.codebook_size)
+    result = {"files": len(distances), "mel_distance": np.mean(distances).round(4),
               "fingerprint": codec.fingerprint,
               "codes in use, by codebook": usage.double().round(decimals=3).tolist(),
               "perplexity, by codebook": perplexity.double().round(decimals=1).tolist()}
@@ -836,8 +839,6 @@ def prepare(corpus: str, folder: Path, wanted: dict[str, list[str]]):
                 fetch_librispeech(folder, subset)
     if dist.is_initialized():
         dist.barrier()                  # the other processes wait until the corpus is there
-    if corpus in CORPORA:
-        folder.mkdir(parents=True, exist_ok=True)
     if not folder.is_dir():
         raise ValueError(f"--corpus {corpus}: no such folder, and none of {', '.join(CORPORA)}")
 

@@ -76,7 +76,8 @@ class Recognizer:
             raise ValueError(f"{self.path}: not a whole recognizer; copy or train it again")
         self.model.to(self.device).eval()
         # codec_path is relative to the checkpoint.
-        self.codec, self.encode = codec or self.path.parent / self.meta["codec_path"], None
+        self.codec = codec or self.path.parent / self.meta["codec_path"]
+        self.encode = None                  # its FrontEnd, once it is needed
         # Checkpoints written before the prior was stored have none.
         self.prior = prior_weight * saved.get("log_prior", torch.zeros(len(self.units)))
         self.beam_search = None
@@ -313,7 +314,8 @@ def load(path: str | Path, args) -> Recognizer:
 
 def evaluate(args):
     """Evaluate one run, or compare several, on the test subsets: clean, and in noise."""
-    report, rows, first, subsets, page = {}, [], {}, args.test, ""
+    report, rows, subsets, page = {}, [], args.test, ""
+    first = {}                              # test: Score of the first run
     for name in args.compare or [args.asr]:
         run = load(name, args)
         folder = args.tokens or run.flags["tokens"]
@@ -335,7 +337,7 @@ def evaluate(args):
                 if score.refs != base.refs:
                     raise ValueError(f"{name}: its {subset} holds other utterances than that of "
                                      f"{args.compare[0]}")
-                # Both are resampled with the same speakers.
+                # Both are resampled with the same speakers, or utterances.
                 low, high = interval(resampled(score.chars, base.groups, args.seed)
                                      - resampled(base.chars, base.groups, args.seed))
                 summary = score.summary(args.seed) | {
@@ -358,7 +360,7 @@ def evaluate(args):
     write_atomically(out / f"{stem}.json",
                      json.dumps(origin(args) | {"runs": report}, indent=1).encode())
     print(f"{page}\nwrote {out / stem}.md and .json; pictures of them: "
-          f"python -m results.study figures {out / stem}.json")
+          f"python -m results.study figures {shlex.quote(f'{out / stem}.json')}")
 
 
 # ----------------------------------------------------------------------------------- transcribing

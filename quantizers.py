@@ -42,6 +42,12 @@ def nearest(frames: Tensor, codebook: Tensor) -> Tensor:
     return distance.min(1).indices          # on a CPU, faster than argmin(1)
 
 
+def from_first_process(tensor: Tensor):
+    """With several processes, all take the values that process 0 drew."""
+    if dist.is_initialized():
+        dist.broadcast(tensor, 0)
+
+
 class ResidualVQ(nn.Module):
     """Each codebook quantizes what the previous ones left over.
 
@@ -177,12 +183,6 @@ class ResidualVQ(nn.Module):
         self.ema_count[level, dead] = 1.0
         self.ema_sum[level, dead] = moved[dead]
         self.embed[level] = self.ema_sum[level] / self.ema_count[level][:, None]
-
-
-def from_first_process(tensor: Tensor):
-    """With several processes, all take the values that process 0 drew."""
-    if dist.is_initialized():
-        dist.broadcast(tensor, 0)
 
 
 # ------------------------------------------------------------------------------------------- FSQ

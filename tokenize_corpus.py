@@ -75,9 +75,6 @@ def read_subset(folders: list[Path], subset: str) -> tuple[list[Utterance], list
             try:
                 if not item.text or "\ufffd" in item.text:
                     raise ValueError("its transcript is empty, or not UTF-8")
-                if item.id in kept and item.audio != kept[item.id].audio:
-                    # As 001.wav of each speaker.
-                    item = item._replace(id=f"{item.audio.parent.name}-{item.id}")
                 if item.id in kept:
                     raise ValueError(f"{kept[item.id].audio} has the same id")
                 if not item.audio.exists():
@@ -99,9 +96,11 @@ def read_librispeech(folder: Path, subset: str, skipped: list[str]) -> Iterator[
     for path in transcripts:
         for name, *words in read_lines(path):
             file = audio.pop((path.parent, name), None)
-            speaker = name.split("-")[0] if "-" in name else path.parent.name
             if file:
-                yield Utterance(name, " ".join(words), "", speaker, file)
+                # LibriSpeech's names begin with the speaker; other names get their folders.
+                parts = file.with_suffix("").relative_to(folder / subset).parts
+                key = name if "-" in name else "-".join(parts)
+                yield Utterance(key, " ".join(words), "", key.split("-")[0], file)
             else:
                 skipped.append(f"{path}: {name} has no audio file of its own")
     skipped += [f"{path}: no transcript names it" for path in audio.values()]
@@ -236,7 +235,7 @@ class FrontEnd:
             self.encode = LogMel(mel_window(hop), hop, 80).to(device)
             self.meta |= {"codec": f"mel-{hop}", "dim": 80}
             return
-        own = Path(codec_path).name != "encodec"        # of which meta.json makes a path
+        own = Path(codec_path).name != "encodec"        # meta.json has ../../encodec
         codec = Codec.load(codec_path, device) if own else Encodec(device)
         self.encode = codec.encode if features == "tokens" else codec.latent
         self.codebooks = codec.codebooks().cpu().numpy()                    # (Q, K, D)
@@ -284,7 +283,8 @@ def with_copies(utterances: list[Utterance], args) -> list[Utterance]:
 
 def check_folder(out: Path, meta: dict):
     """Raises ValueError if the folder holds tokens of another codec, corpus, noise or seed."""
-    if not (out / "meta.json").exists() or not any(out.glob("*/*.npy")):
+    arrays = {*out.rglob("*.npy")} - {out / "codebooks.npy"}
+    if not (out / "meta.json").exists() or not arrays:
         return
     before = json.loads((out / "meta.json").read_text("utf-8"))
     for name in ("features", "codec", "hop", "corpus", "noise", "snr", "seed"):
@@ -360,9 +360,10 @@ def tokenize(args):
     if rank == 0:
         asr = out.with_name("asr" if out.name == "tokens" else f"asr-{out.name}")
         command = ["python", "train_asr.py", "--tokens", str(out), "--out", str(asr)]
-        if not corpus["train"]:             # the recognizer may lie beside its codec
-            asr = Path(args.codec).parent
-            command = ["python", "evaluate.py", "--asr", str(asr), "--tokens", str(out)]
+        if not corpus["train"]:
+            asr = Path(args.codec).with_name("asr.pt")      # a published codec lies beside its own
+            command = ["python", "evaluate.py", "--tokens", str(out), "--out", str(out / "eval")]
+            command += ["--asr", str(asr)] * asr.exists()
         print(f"wrote {out}; next: {shlex.join(command)}")
 
 

@@ -141,6 +141,15 @@ class TokenSet:
         return groups
 
 
+def frames_needed(target: Tensor) -> int:
+    """CTC needs a frame for each unit, and a blank between two equal ones."""
+    return len(target) + int((target[1:] == target[:-1]).sum())
+
+
+def transcript(row: dict, lang_token: bool) -> str:
+    return f"<|{row['lang']}|> {row['text']}" if lang_token else row["text"]
+
+
 class TrainSet(TokenSet):
     """Adds text units and targets, and draws one variant of each utterance an epoch."""
 
@@ -180,15 +189,6 @@ class TrainSet(TokenSet):
         # The first epoch goes from short to long: CTC finds its first alignments there (Deep
         # Speech 2, arXiv 1512.02595, section 3.3).
         return self.batches(picked, self.frames, rng if number else None)
-
-
-def frames_needed(target: Tensor) -> int:
-    """CTC needs a frame for each unit, and a blank between two equal ones."""
-    return len(target) + int((target[1:] == target[:-1]).sum())
-
-
-def transcript(row: dict, lang_token: bool) -> str:
-    return f"<|{row['lang']}|> {row['text']}" if lang_token else row["text"]
 
 
 # -------------------------------------------------------------------------------------- optimizer
@@ -316,7 +316,7 @@ def dev_error_rates(model: CodecASR, dev: TokenSet, units, frames: int, device) 
 
 @torch.inference_mode()
 def unit_prior(model: CodecASR, data: TrainSet, device) -> Tensor:
-    """Log of the mean probability of each unit on 100 training utterances: (V,).
+    """Log of the mean probability of each unit on 100 training utterances or copies: (V,).
 
     CTC's posteriors contain it, above all that of the blank; a beam search divides by it, as its
     language model knows how frequent words are.
@@ -359,7 +359,8 @@ def check_same_tokens(path: str | Path, trained: dict, tokens: str | Path, found
 
 
 def resume_recognizer(path: Path, args, meta: dict) -> dict | None:
-    """The state of a run that began with the same flags and tokens; --epochs may grow."""
+    """The state of a run that began with the same flags, codec, corpus and noise; --epochs may
+    grow."""
     if not path.exists():
         if path.with_name("asr.pt").exists():
             raise ValueError(f"{path.parent} holds an asr.pt without its resume.pt: give another "
@@ -401,7 +402,7 @@ def train(args):
         print(f"recognizer: {parameters:.1f} M parameters, {len(data.units)} {args.units} units; "
               f"{len(data.variants)} utterances, {len(data.rows)} with copies; epoch "
               f"{first} of {args.epochs} on {device}", data.notes, sep="\n")
-    # The longest batch comes first, so that a lack of memory shows now.
+    # The longest batch, the last of epoch 0, comes first, so that a lack of memory shows now.
     ctc_loss(model, data, data.epoch(0, 1.0)[-1][::world], device).backward()
     model.zero_grad()
 
