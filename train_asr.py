@@ -324,9 +324,11 @@ def unit_prior(model: CodecASR, data: TrainSet, device) -> Tensor:
     model.eval()
     total, frames = 0.0, 0
     kept = [i for variants in data.variants.values() for i in sum(variants, [])]
-    for i in np.random.default_rng(0).permutation(kept)[:100]:
-        log_probs, out_len = model(*data.take([i], device))                 # (1, T', V)
-        total, frames = total + log_probs.exp().sum((0, 1)), frames + int(out_len)
+    some = np.random.default_rng(0).permutation(kept)[:100]
+    for group in data.batches(some, data.frames):
+        log_probs, out_len = model(*data.take(group, device))               # (B, T', V), (B,)
+        for each, length in zip(log_probs, out_len.tolist()):
+            total, frames = total + each[:length].exp().sum(0), frames + length
     model.train()
     return (total / frames).log().cpu()
 
