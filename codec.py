@@ -803,7 +803,6 @@ def check_sound(path: str | Path, wav: np.ndarray, wanted: int, rate: int):
 
 def find_subsets(corpora: list[str], **asked: list[str]) -> dict[str, dict[str, list[Path]]]:
     """Several corpora, read as one -> {role: {subset: [folders that have it]}}.
-
     asked: for the roles train, dev and test, names of subsets, each of which must exist, or [] for
     the usual ones, as far as they exist. Each corpus must have some subset.
     """
