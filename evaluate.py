@@ -228,7 +228,7 @@ def interval(rates: np.ndarray) -> list[float]:
 
 # ----------------------------------------------------------------------------------------- picture
 
-def plot_utterance(recognizer: Recognizer, audio: Path, path: Path):
+def plot_utterance(recognizer: Recognizer, audio: Path, text: str, path: Path):
     """Waveform, log-mel, and tokens with the text units read from them, under one time axis."""
     try:
         from matplotlib.figure import Figure
@@ -238,7 +238,7 @@ def plot_utterance(recognizer: Recognizer, audio: Path, path: Path):
     array = torch.from_numpy(recognizer.front_end()(wav))                   # (T, Q)
     end, best = len(wav) / SAMPLE_RATE, recognizer.log_probs(array)[0].argmax(1)        # (T',)
     fig = Figure(figsize=(12, 7), dpi=80, layout="constrained")
-    fig.suptitle(f"recognized: {recognizer.recognize(array)}")
+    fig.suptitle(f"recognized: {text}")
     axes = fig.subplots(3, 1, sharex=True)
     axes[0].plot(np.linspace(0, end, len(wav)), wav, linewidth=0.4)
     mel = LogMel(512, 160, 80)(wav[None])[0]
@@ -373,13 +373,15 @@ def transcribe(args):
         files += audio_below(path) if path.is_dir() else [path]
     for number, path in enumerate(files):
         try:
-            print(f"{path}: {recognizer.transcribe(path)}", flush=True)
+            text = recognizer.transcribe(path)
         except ValueError as error:
             print(f"skipped: {error}")
             failed += 1
             continue
+        print(f"{path}: {text}", flush=True)
         if args.plots:
-            plot_utterance(recognizer, path, Path(args.out) / f"{number:03d}-{path.stem}.png")
+            picture = Path(args.out) / f"{number:03d}-{path.stem}.png"
+            plot_utterance(recognizer, path, text, picture)
     if failed == len(files):
         raise ValueError(f"{', '.join(args.audio)}: no audio that can be read")
 

@@ -235,7 +235,7 @@ class FrontEnd:
             self.encode = LogMel(mel_window(hop), hop, 80).to(device)
             self.meta |= {"codec": f"mel-{hop}", "dim": 80}
             return
-        own = Path(codec_path).name != "encodec"        # meta.json has ../../encodec
+        own = Path(codec_path).name != "encodec"        # meta.json holds a relative path
         codec = Codec.load(codec_path, device) if own else Encodec(device)
         self.encode = codec.encode if features == "tokens" else codec.latent
         self.codebooks = codec.codebooks().cpu().numpy()                    # (Q, K, D)
@@ -363,7 +363,8 @@ def tokenize(args):
         if not corpus["train"]:
             asr = Path(args.codec).with_name("asr.pt")      # a published codec lies beside its own
             command = ["python", "evaluate.py", "--tokens", str(out), "--out", str(out / "eval")]
-            command += ["--asr", str(asr)] * asr.exists()
+            if asr.exists():
+                command += ["--asr", str(asr)]
         print(f"wrote {out}; next: {shlex.join(command)}")
 
 

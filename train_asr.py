@@ -369,7 +369,9 @@ def resume_recognizer(path: Path, args, meta: dict) -> dict | None:
                              f"--out")
         return None
     saved = load_checkpoint(path, "asr")
-    free = ["device", "out", "tokens"] + ["epochs"] * (args.epochs > saved["flags"]["epochs"])
+    free = ["device", "out", "tokens"]
+    if args.epochs > saved["flags"]["epochs"]:
+        free.append("epochs")
     check_same_flags(path, saved["flags"], args, free)
     names = ["corpus", "train", "dev", "noise", "snr", "seed"]
     check_same_tokens(path, saved["meta"], args.tokens, meta, names)
