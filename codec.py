@@ -3,7 +3,7 @@
 in   a corpus of audio          synthetic speech, LibriSpeech, or any folder; no transcripts needed
 out  runs/codec/codec.pt        the codec, in half precision: all that the other stages need
      runs/codec/resume.pt       the state of training; the same command continues from it
-     runs/codec/report.json     how well the codec reproduces dev audio, up to 100 files of it
+     runs/codec/report.json     how well the codec reproduces 32 random pieces of dev audio
      runs/codec/log.jsonl       the losses, every 100 steps
      runs/codec/skipped.txt     audio that could not be read since the last start
 
@@ -39,8 +39,7 @@ import shutil
 import socket
 import sys
 import tarfile
-from argparse import (ArgumentDefaultsHelpFormatter, ArgumentParser,
-                      RawDescriptionHelpFormatter)
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -199,13 +198,13 @@ class Decoder(nn.Module):
     hop of about 100 samples, fine enough for the pulses of the voice.
     """
 
-    def __init__(self, dim: int, hop: int, channels: int, blocks: int):
+    def __init__(self, dim: int, hop: int, wide: int, blocks: int):
         super().__init__()
         # Spectrum frames per token frame: the divisor of hop that comes nearest to 100 samples.
         self.up = min(range(1, hop + 1), key=lambda n: (hop % n, abs(hop / n - 100)))
         self.spectrum_hop = hop // self.up
         self.n_fft = 4 * self.spectrum_hop
-        wide, slim = channels, channels * 3 // 4
+        slim = wide * 3 // 4
         self.slow = nn.Sequential(conv(dim, wide, 7), *(ConvNeXt(wide) for _ in range(blocks)))
         self.widen = conv(wide, slim * self.up, 3)
         self.fast = nn.Sequential(*(ConvNeXt(slim) for _ in range(blocks)))
@@ -351,23 +350,23 @@ class Discriminator(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.nets, channels = nn.ModuleList(), 32
-        for _ in self.WINDOWS:
-            layers = [nn.Conv2d(2, channels, (3, 9), padding=(1, 4))]
+        self.nets = nn.ModuleList()
+        for n_fft in self.WINDOWS:
+            spectrogram = torchaudio.transforms.Spectrogram(
+                n_fft, hop_length=n_fft // 4, power=None, normalized="frame_length",
+                pad_mode="constant")
+            layers = [spectrogram, nn.Conv2d(2, 32, (3, 9), padding=(1, 4))]
             for dilation in (1, 2, 4):
-                layers.append(nn.Conv2d(channels, channels, (3, 9), stride=(1, 2),
-                                        padding=(dilation, 4), dilation=(dilation, 1)))
-            layers.append(nn.Conv2d(channels, 1, 3, padding=1))
+                layers.append(nn.Conv2d(32, 32, (3, 9), stride=(1, 2), padding=(dilation, 4),
+                                        dilation=(dilation, 1)))
+            layers.append(nn.Conv2d(32, 1, 3, padding=1))
             self.nets.append(nn.ModuleList(layers))
 
     def forward(self, wav: Tensor) -> list[list[Tensor]]:
         """wav (B, S) -> for each resolution the outputs of its layers, the last being the score."""
         outputs = []
-        for n_fft, layers in zip(self.WINDOWS, self.nets):
-            window = torch.hann_window(n_fft, device=wav.device)
-            spectrum = torch.stft(wav, n_fft, n_fft // 4, window=window, normalized=True,
-                                  pad_mode="constant", return_complex=True)
-            y = torch.view_as_real(spectrum).permute(0, 3, 2, 1)        # (B, 2, frames, bins)
+        for spectrogram, *layers in self.nets:
+            y = torch.view_as_real(spectrogram(wav)).permute(0, 3, 2, 1)    # (B, 2, frames, bins)
             outputs.append([])
             for layer in layers:
                 y = layer(y)
@@ -398,32 +397,35 @@ def discriminator_loss(discriminator: nn.Module, wav: Tensor, made: Tensor) -> T
 
 # ------------------------------------------------------- files, devices and flags, for all stages
 
-def write_atomically(path: Path, data, save: Callable = Path.write_bytes):
+write_text = partial(Path.write_text, encoding="utf-8", errors="replace")
+
+
+def write_atomically(path: Path, data, save: Callable = write_text):
     """save(path, data), so that a reader finds the old file or the new one, never half of one."""
     temporary = path.with_name(f".part-{path.name}")
     save(temporary, data)
     os.replace(temporary, path)
 
 
-def save_checkpoint(path: Path, checkpoint: dict):
-    torch.save(checkpoint, path)
+def write_rows(path: Path, rows: list[dict]):
+    """One row per line, as JSON."""
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def in_half(checkpoint: dict) -> dict:
-    """The same checkpoint with its weights in half precision."""
+def save_run(out: Path, state: dict, **more):
+    """Write what the next stage needs, with weights in half precision; all that resuming needs;
+    and the log."""
     weights = {name: value.half() if value.is_floating_point() else value
-               for name, value in checkpoint["model"].items()}
-    return checkpoint | {"model": weights}
-
-
-def save_log(out: Path, log: list[dict]):
-    write_atomically(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log).encode())
+               for name, value in state["model"].items()}
+    save = lambda path, checkpoint: torch.save(checkpoint, path)
+    write_atomically(out / f"{state['kind']}.pt", state | {"model": weights}, save)
+    write_atomically(out / "resume.pt", state | more, save)
+    write_rows(out / "log.jsonl", state["log"])
 
 
 def save_skipped(path: Path, messages: list[str]):
     """Write what could not be used, one line each, and print how many."""
-    text = "".join(f"{message}\n" for message in messages)
-    write_atomically(path, text.encode(errors="replace"))       # a file's name may be no UTF-8
+    write_atomically(path, "".join(f"{message}\n" for message in messages))
     if messages:
         print(f"  {len(messages)} skipped, named in {path}: {messages[0]!a}")
 
@@ -449,11 +451,29 @@ def check_same_flags(path: Path, flags: dict, args, free: list[str]):
                              f"not {now}: give another --out, or delete it")
 
 
+def flag_group(parser: ArgumentParser, title: str) -> Callable:
+    """-> add(name, default, text), for the flags of a group. A flag has the type of its default;
+    a list takes several words."""
+    group = parser.add_argument_group(title)
+
+    def add(name, default, text, **more):
+        if default is False:
+            more["action"] = "store_true"
+        elif isinstance(default, list):
+            more = {"nargs": "+"} | more
+        elif default is not None:
+            more["type"] = type(default)
+        if default not in (None, []):
+            text += f" (default: {default})"
+        group.add_argument(name, default=default, help=text, **more)
+    return add
+
+
 def add_common_flags(parser: ArgumentParser, out: str):
-    add = parser.add_argument_group("running").add_argument
-    add("--seed", type=int, default=0, help="random seed: weights, data order, masks, noise")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
-    add("--out", default=out, help="folder to write")
+    add = flag_group(parser, "running")
+    add("--seed", 0, "random seed: weights, data order, masks, noise")
+    add("--device", "auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
+    add("--out", out, "folder to write")
 
 
 def refuse_idle(parser: ArgumentParser, args, why: str, *names: str):
@@ -497,14 +517,6 @@ def run_stage(stage: Callable, args):
         sys.exit(130)
 
 
-class HelpPage(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
-    """Keeps the line breaks of the file's docstring, and shows the defaults that there are."""
-
-    def _get_help_string(self, action):
-        has_default = action.default not in (None, [])
-        return super()._get_help_string(action) if has_default else action.help
-
-
 # ---------------------------------------------------------------------------------------- training
 
 class Crops:
@@ -520,15 +532,13 @@ class Crops:
         rng = np.random.default_rng((self.seed, number))
         while len(self.unreadable) < len(self.files):
             path, at = self.files[rng.integers(len(self.files))], rng.random()
-            if path in self.unreadable:
-                continue
             try:
                 wav = read_audio(path, self.length / SAMPLE_RATE, at=at)
                 return F.pad(wav, (0, self.length - len(wav)))      # or cut
             except ValueError as error:
                 self.unreadable[path] = str(error)
-        raise ValueError(f"none of the {len(self.files)} audio files can be read: "
-                         f"{self.unreadable[path]}")
+        raise ValueError(f"none of the {len(self.files)} audio files can be read; name subsets "
+                         f"with --train and --dev. {[*self.unreadable.values()][:1]}")
 
     def batch_of(self, step: int, rank: int = 0, world: int = 1) -> Tensor:
         """This process's share of a training step: (batch / world, length)."""
@@ -552,9 +562,7 @@ def start_codebooks(codec: Codec, crops: Crops):
 def learning_rate(step: int, args) -> float:
     """Linear warm-up over 100 steps, times half a cosine that falls to a twentieth of the peak."""
     decay = 0.525 + 0.475 * math.cos(math.pi * step / args.steps)
-    if step < 100:
-        return args.lr * decay * (step + 1) / 100
-    return args.lr * decay
+    return args.lr * decay * min(1, (step + 1) / 100)
 
 
 def optimize(loss: Tensor, optimizer: torch.optim.Optimizer, lr: float):
@@ -570,15 +578,15 @@ def optimize(loss: Tensor, optimizer: torch.optim.Optimizer, lr: float):
 def log_row(recent: list[tuple], codebook_size: int) -> dict:
     """Mean losses since the last call, and how evenly the codes were used."""
     losses, tokens = zip(*recent)
-    row = {name: sum(each[name].item() for each in losses) / len(losses) for name in losses[0]}
+    row = {name: np.mean([each[name].item() for each in losses]).item() for name in losses[0]}
     if not math.isfinite(sum(row.values())):
         raise ValueError("the loss is no longer finite: try a lower --lr, or look for odd audio")
-    usage, perplexity = usage_and_perplexity(torch.cat(tokens), codebook_size)
+    usage, perplexity = usage_and_perplexity(torch.cat(tokens, 2), codebook_size)
     return row | {"usage": usage.mean().item(), "perplexity": perplexity.mean().item()}
 
 
-def resume_codec(out: Path, args) -> tuple[dict | None, bool]:
-    """-> the state to continue from, if any; whether the decoder alone is trained.
+def resume_codec(out: Path, args) -> dict | None:
+    """The state to continue from, if any.
 
     A run resumes only with the flags it began with, but --steps may grow. `--adversarial` on a
     codec that was finished without it trains its decoder alone, in a new run with its own --steps,
@@ -587,17 +595,16 @@ def resume_codec(out: Path, args) -> tuple[dict | None, bool]:
     # A published codec comes without its resume.pt.
     found = [path for path in (out / "resume.pt", out / "codec.pt") if path.exists()]
     if not found:
-        return None, False
+        return None
     saved = load_checkpoint(found[0], "codec")
     flags, free = saved["flags"], ["device", "out", "reconstruct", "codec"]
-    decoder_only = saved["decoder_only"]
     if args.adversarial and not flags["adversarial"] and saved["step"] == flags["steps"]:
-        decoder_only = True
+        saved |= {"decoder_only": True, "step": 0, "log": [], "optimizers": []}
         free += ["adversarial", "corpus", "train", "dev", "steps", "batch", "crop", "lr", "seed"]
     if args.steps > flags["steps"]:
         free.append("steps")
     check_same_flags(found[0], flags, args, free)
-    return saved, decoder_only
+    return saved
 
 
 def train(args):
@@ -607,8 +614,6 @@ def train(args):
     # {role: {subset: folders that have it}}
     corpus = find_subsets(args.corpus, train=args.train, dev=args.dev)
     files, dev = audio_files(corpus["train"]), audio_files(corpus["dev"])
-    if not files:
-        raise ValueError(f"{', '.join(args.corpus)}: nothing to train on; name a subset by --train")
     torch.manual_seed(args.seed)
     codec = Codec(args.encoder, args.quantizer, args.strides, args.codebooks, args.codebook_size,
                   args.size).to(device)
@@ -616,25 +621,22 @@ def train(args):
     length = max(2, round(args.crop * SAMPLE_RATE / codec.hop)) * codec.hop
     crops = Crops(files, args.seed, length, args.batch)
 
-    out = Path(args.out)
-    saved, decoder_only = resume_codec(out, args)
+    nets = [codec, discriminator]       # the discriminator learns only with --adversarial
+    optimizers = [torch.optim.AdamW(net.parameters(), args.lr, betas=(0.8, 0.99)) for net in nets]
+    out, start, log, decoder_only = Path(args.out), 0, [], False
+    saved = resume_codec(out, args)
     if saved:
+        start, log, decoder_only = saved["step"], saved["log"], saved["decoder_only"]
         codec.load_state_dict(saved["model"])
+        if saved.get("optimizers"):     # neither of a published codec, nor when a new run begins
+            discriminator.load_state_dict(saved["discriminator"])
+            for optimizer, state in zip(optimizers, saved["optimizers"]):
+                optimizer.load_state_dict(state)
     elif args.quantizer == "rvq":
         start_codebooks(codec, crops)
     if decoder_only:                    # tokens and fingerprint stay as they are
         codec.encoder.eval().requires_grad_(False)
         codec.quantizer.learning = False
-    nets = [codec, discriminator]       # the discriminator learns only with --adversarial
-    optimizers = [torch.optim.AdamW(net.parameters(), args.lr, betas=(0.8, 0.99)) for net in nets]
-    start, log = 0, []
-    # Training of the decoder alone begins at step 0; a published codec has no optimizer state.
-    if saved and saved["decoder_only"] == decoder_only:
-        start, log = saved["step"], saved["log"]
-        if "optimizers" in saved:
-            discriminator.load_state_dict(saved["discriminator"])
-            for optimizer, state in zip(optimizers, saved["optimizers"]):
-                optimizer.load_state_dict(state)
     if world > 1:
         nets = [DistributedDataParallel(net) for net in nets]
     codec_net, discriminator_net = nets
@@ -675,14 +677,14 @@ def train(args):
                     state = {"kind": "codec", "config": codec.config, "flags": vars(args),
                              "decoder_only": decoder_only, "step": step + 1, "log": log,
                              "model": codec.state_dict()}
-                    write_atomically(out / "codec.pt", in_half(state), save_checkpoint)
-                    write_atomically(out / "resume.pt", state | {
-                        "discriminator": discriminator.state_dict(),
-                        "optimizers": [item.state_dict() for item in optimizers]}, save_checkpoint)
-                    save_log(out, log)
+                    save_run(out, state, discriminator=discriminator.state_dict(),
+                             optimizers=[item.state_dict() for item in optimizers])
     if rank == 0:
-        report(Codec.load(out / "codec.pt", device), dev, out)
-        save_skipped(out / "skipped.txt", [*crops.unreadable.values()])
+        dev_crops = Crops(dev, 0, 100 * codec.hop, 32)          # 2.5 s each at 40 Hz
+        if dev:
+            report(Codec.load(out / "codec.pt", device), dev_crops, out)
+        unreadable = crops.unreadable | dev_crops.unreadable
+        save_skipped(out / "skipped.txt", [*unreadable.values()])
         command = ["python", "tokenize_corpus.py", "--corpus", *args.corpus]
         for name in ("train", "dev"):
             if getattr(args, name):
@@ -692,31 +694,16 @@ def train(args):
 
 
 @torch.inference_mode()
-def report(codec: Codec, files: list[Path], out: Path):
-    """Mel distance, usage and perplexity on 30 s each of at most 100 files -> out/report.json."""
+def report(codec: Codec, crops: Crops, out: Path):
+    """Mel distance, usage and perplexity on one batch of dev audio -> out/report.json."""
     device = codec.codebooks().device
-    mel_distance, distances, tokens = MelDistance().to(device), [], []
-    for path in tqdm(files[::max(1, math.ceil(len(files) / 100))], "report", disable=None):
-        try:
-            wav = read_audio(path, seconds=30)[None].to(device)
-        except ValueError as error:
-            tqdm.write(f"skipped: {error}")
-            continue
-        tokens.append(codec.encode(wav))
-        made = codec.decode(tokens[-1])[:, :wav.shape[1]]
-        distances.append(mel_distance(wav, made).item())
-    if not tokens:
-        print("no dev audio: no report")
-        return
-    tokens = torch.cat(tokens, 2).cpu()
-    usage, perplexity = usage_and_perplexity(tokens, codec.quantizer.codebook_size)
-    result = {"files": len(distances), "mel_distance": np.mean(distances).round(4),
-              "fingerprint": codec.fingerprint,
-              "codes in use, by codebook": usage.double().round(decimals=3).tolist(),
-              "perplexity, by codebook": perplexity.double().round(decimals=1).tolist()}
-    text = json.dumps(result, indent=1)
+    wav = crops.batch_of(0).to(device)
+    tokens = codec.encode(wav)
+    mel_distance = MelDistance().to(device)(wav, codec.decode(tokens))
+    row = log_row([({"mel_distance": mel_distance}, tokens)], codec.quantizer.codebook_size)
+    text = json.dumps(row | {"fingerprint": codec.fingerprint}, indent=1)
     print(f"dev: {text}")
-    write_atomically(out / "report.json", text.encode())
+    write_atomically(out / "report.json", text)
 
 
 def reconstruct(args):
@@ -724,10 +711,10 @@ def reconstruct(args):
     source, target = map(Path, args.reconstruct)
     device = pick_device(args.device)
     codec = Codec.load(args.codec, device)
-    if (args.codebooks or 1) > codec.quantizer.num_codebooks:
+    if args.codebooks > codec.quantizer.num_codebooks:
         raise ValueError(f"{args.codec} has only {codec.quantizer.num_codebooks} codebooks")
     wav = read_audio(source)
-    tokens = codec.encode(wav[None].to(device))[:, :args.codebooks]
+    tokens = codec.encode(wav[None].to(device))[:, :args.codebooks or None]
     made = codec.decode(tokens)[0, :len(wav)].cpu().clamp(-1, 1)
     try:
         write_atomically(target, made.numpy(), partial(sf.write, samplerate=SAMPLE_RATE))
@@ -791,10 +778,8 @@ def check_wav_size(path: str | Path):
 
 def check_sound(path: str | Path, wav: np.ndarray, wanted: int, rate: int):
     """Raises ValueError unless wav (S,), as read from path, can be a recording."""
-    if not len(wav):
-        raise ValueError(f"{path}: holds no samples")
-    if len(wav) < 0.9 * wanted:         # the header of an MP3 may be a little off
-        raise ValueError(f"{path}: is truncated after {len(wav)} of {wanted} samples")
+    if len(wav) < max(1, 0.9 * wanted):         # the header of an MP3 may be a little off
+        raise ValueError(f"{path}: is empty or truncated, after {len(wav)} of {wanted} samples")
     if not np.abs(wav).max() < 100:     # true for NaN, too
         raise ValueError(f"{path}: holds samples that are not numbers, or far above full scale")
     if not 1000 <= rate <= 400_000 or rate // math.gcd(rate, SAMPLE_RATE) > 4000:
@@ -897,18 +882,14 @@ def read_manifest(path: Path) -> tuple[list[dict], list[str]]:
     """
     rows, skipped = [], []
     for number, line in enumerate(path.read_text("utf-8-sig", errors="replace").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict) and isinstance(row.get("audio_filepath"), str):
-            rows.append(row)
-        else:
-            found = ", ".join(row) if isinstance(row, dict) else "no JSON object"
-            skipped.append(f"{path}: line {number} has {found}; each line needs to be a JSON "
-                           f"object with audio_filepath and text")
+        if line.strip():
+            try:
+                row = json.loads(line)
+                Path(row["audio_filepath"])
+                rows.append(row)
+            except (ValueError, TypeError, KeyError):
+                skipped.append(f"{path}: line {number} is {line[:60]}; each line needs to be a "
+                               f"JSON object with audio_filepath and text")
     if skipped and not rows:
         raise ValueError(skipped[0])
     return rows, skipped
@@ -917,40 +898,41 @@ def read_manifest(path: Path) -> tuple[list[dict], list[str]]:
 # -------------------------------------------------------------------------------------------- main
 
 def parse(arguments=None):
-    parser = ArgumentParser(description=__doc__, formatter_class=HelpPage)
-    add = parser.add_argument_group("speech").add_argument
-    add("--corpus", nargs="+", default=["synthetic"],
-        help="synthetic, mini-librispeech, librispeech, or folders, read as one corpus")
-    add("--train", nargs="+", default=[],
-        help="subsets to train on, if not the usual ones; any folder of audio in --corpus will do")
-    add("--dev", nargs="+", default=[], help="subsets to report on, if not the usual ones")
-    add("--crop", type=float, default=1.0, help="seconds of a recording that a step sees")
-    add = parser.add_argument_group("codec").add_argument
-    add("--encoder", choices=("time", "mel"), default="mel",
-        help="what the encoder sees: the waveform, or its log-mel spectrogram")
-    add("--quantizer", choices=("rvq", "fsq"), default="fsq",
-        help="residual vector quantization, or grouped finite scalar quantization")
-    add("--strides", nargs="+", type=int, default=[2, 4, 5, 10],
-        help="their product is the samples per token frame: 400 = 25 ms = 40 Hz; 2 4 5 5 = 80 Hz")
-    add("--codebooks", type=int, help="codebooks of RVQ, or groups of FSQ: 8 unless given; with "
-        "--reconstruct, use only so many of them")
-    add("--codebook-size", type=int, default=1024, help="codes in each codebook of RVQ")
-    add("--size", choices=SIZES, default="tiny",
-        help="width and depth of encoder and decoder; base needs a GPU")
-    add = parser.add_argument_group("training").add_argument
-    add("--steps", type=int, default=500, help="training steps; real speech takes thousands")
-    add("--batch", type=int, default=8, help="crops per step, over all processes")
-    add("--lr", type=float, default=1e-3, help="peak learning rate")
-    add("--adversarial", action="store_true",
-        help="add a discriminator, for better sound; on a finished codec: train its decoder alone")
-    add = parser.add_argument_group("listening").add_argument
-    add("--reconstruct", nargs=2, metavar=("IN", "OUT"), help="encode and decode one audio file")
-    add("--codec", default="runs/codec/codec.pt", help="the codec that --reconstruct uses")
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    add = flag_group(parser, "speech")
+    add("--corpus", ["synthetic"],
+        "synthetic, mini-librispeech, librispeech, or folders, read as one corpus")
+    add("--train", [],
+        "subsets to train on, if not the usual ones; any folder of audio in --corpus will do")
+    add("--dev", [], "subsets to report on, if not the usual ones")
+    add("--crop", 1.0, "seconds of a recording that a step sees")
+    add = flag_group(parser, "codec")
+    add("--encoder", "mel",
+        "what the encoder sees: the waveform, or its log-mel spectrogram",
+        choices=("time", "mel"))
+    add("--quantizer", "fsq",
+        "residual vector quantization, or grouped finite scalar quantization",
+        choices=("rvq", "fsq"))
+    add("--strides", [2, 4, 5, 10],
+        "their product is the samples per token frame: 400 = 25 ms = 40 Hz; 2 4 5 5 = 80 Hz",
+        type=int)
+    add("--codebooks", 0,
+        "codebooks of RVQ, or groups of FSQ; with --reconstruct, use only the first N; "
+        "0: 8, or with --reconstruct all")
+    add("--codebook-size", 1024, "codes in each codebook of RVQ")
+    add("--size", "tiny", "width and depth of encoder and decoder; base needs a GPU", choices=SIZES)
+    add = flag_group(parser, "training")
+    add("--steps", 500, "training steps; real speech takes thousands")
+    add("--batch", 8, "crops per step, over all processes")
+    add("--lr", 0.001, "peak learning rate")
+    add("--adversarial", False,
+        "add a discriminator, for better sound; on a finished codec: train its decoder alone")
+    add = flag_group(parser, "listening")
+    add("--reconstruct", None, "encode and decode one audio file", nargs=2, metavar=("IN", "OUT"))
+    add("--codec", "runs/codec/codec.pt", "the codec that --reconstruct uses")
     add_common_flags(parser, "runs/codec")
 
     args = parser.parse_args(arguments)
-    if args.codebooks is not None and args.codebooks < 1:
-        parser.error("--codebooks must be above 0")
     if args.reconstruct:
         idle = set(vars(args)) - {"reconstruct", "codec", "codebooks", "device"}
         refuse_idle(parser, args, "with --reconstruct", *sorted(idle))
@@ -958,9 +940,9 @@ def parse(arguments=None):
     refuse_idle(parser, args, "without --reconstruct", "codec")
     if args.quantizer == "fsq":
         refuse_idle(parser, args, "with --quantizer fsq, which has 1000 codes", "codebook_size")
-    args.codebooks = 8 if args.codebooks is None else args.codebooks
-    if min(args.codebook_size, args.steps, args.batch, args.crop, args.lr) <= 0:
-        parser.error("--codebook-size, --steps, --batch, --crop, --lr must be above 0")
+    args.codebooks = args.codebooks or 8
+    if min(args.codebooks, args.codebook_size, args.steps, args.batch, args.crop, args.lr) <= 0:
+        parser.error("codebooks, --codebook-size, --steps, --batch, --crop, --lr: above 0")
     if args.codebook_size > 32_768:
         parser.error("--codebook-size: at most 32768, as tokens are stored in 16 bits")
     if min(args.strides) < 1 or math.prod(args.strides) % 2:

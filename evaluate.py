@@ -29,7 +29,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from argparse import ArgumentParser
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,8 +40,9 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from tqdm import tqdm
 
-from codec import (SAMPLE_RATE, HelpPage, LogMel, add_common_flags, audio_below, load_checkpoint,
-                   pick_device, read_audio, refuse_idle, run_stage, write_atomically)
+from codec import (SAMPLE_RATE, LogMel, add_common_flags, audio_below, flag_group,
+                   load_checkpoint, pick_device, read_audio, refuse_idle, run_stage,
+                   write_atomically)
 from tokenize_corpus import FrontEnd, Noise, Utterance
 from train_asr import (TokenSet, build_model, check_same_tokens, greedy, read_meta,
                        split_language)
@@ -87,8 +88,8 @@ class Recognizer:
     def front_end(self) -> FrontEnd:
         """What made its tokens. Raises ValueError when the given codec is a different one."""
         if not self.encode:
-            features, hop = self.meta["features"], self.meta["hop"]
-            self.encode = FrontEnd(features, self.codec, hop, str(self.device))
+            self.encode = FrontEnd(self.meta["features"], self.codec, self.meta["hop"],
+                                   str(self.device))
             check_same_tokens(self.path, self.meta, self.codec, self.encode.meta)
         return self.encode
 
@@ -113,10 +114,10 @@ class Recognizer:
     def recognize(self, tokens: Tensor) -> str:
         """Tokens (T, Q), or features (T, D), of a recording -> its text."""
         log_probs = self.log_probs(tokens)
-        if self.beam_search:
-            best = self.beam_search(log_probs - self.prior)[0]
-            return " ".join(best[0].words) if best else ""
-        return greedy(self.units, log_probs, torch.tensor([log_probs.shape[1]]))[0]
+        if not self.beam_search:
+            return greedy(self.units, log_probs[0])
+        best = self.beam_search(log_probs - self.prior)[0]
+        return " ".join(best[0].words) if best else ""
 
     def transcribe(self, path: str | Path) -> str:
         """An audio file of any length -> its text. Raises ValueError where it cannot be read."""
@@ -183,10 +184,11 @@ class Score:
         by_speaker = {}     # speaker: word errors, words, character errors, characters
         for row, counts in zip(self.rows, np.hstack([self.words, self.chars])):
             by_speaker[row["speaker"]] = by_speaker.get(row["speaker"], 0) + counts
-        words, chars = (resampled(counts, self.groups, seed) for counts in (self.words, self.chars))
         result = {"utterances": len(self.rows),
-                  "wer": rate(self.words), "wer_interval": interval(words),
-                  "cer": rate(self.chars), "cer_interval": interval(chars),
+                  "wer": rate(self.words),
+                  "wer_interval": interval(resampled(self.words, self.groups, seed)),
+                  "cer": rate(self.chars),
+                  "cer_interval": interval(resampled(self.chars, self.groups, seed)),
                   "by_speaker": {name: total.tolist() for name, total in by_speaker.items()}}
         languages = np.array([row["lang"] for row in self.rows])
         named = np.array([lang for lang, _ in self.hyps])
@@ -356,9 +358,9 @@ def evaluate(args):
 
     out, stem = Path(args.out), "compare" if args.compare else "report"
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / f"{stem}.md", page.encode())
+    write_atomically(out / f"{stem}.md", page)
     write_atomically(out / f"{stem}.json",
-                     json.dumps(origin(args) | {"runs": report}, indent=1).encode())
+                     json.dumps(origin(args) | {"runs": report}, indent=1))
     print(f"{page}\nwrote {out / stem}.md and .json; pictures of them: "
           f"python -m results.study figures {shlex.quote(f'{out / stem}.json')}")
 
@@ -389,28 +391,26 @@ def transcribe(args):
 # -------------------------------------------------------------------------------------------- main
 
 def parse(arguments=None):
-    parser = ArgumentParser(description=__doc__, formatter_class=HelpPage)
-    parser.add_argument("--asr", default="runs/asr/asr.pt", help="a recognizer, or its folder")
-    add = parser.add_argument_group("what to recognize").add_argument
-    add("--test", nargs="+", default=[], help="subsets to evaluate, if not those of the tokens")
-    add("--tokens", help="folder of tokens; the one it was trained on unless given")
-    add("--compare", nargs="+", default=[], metavar="RUN",
-        help="recognizers or their folders: one table of all, against the first")
-    add("--noise", nargs="+", default=[],
-        help="also evaluate in noise: white, pink, babble, or folders of audio")
-    add("--snr", nargs="+", type=float, default=[20.0, 10.0, 0.0],
-        help="signal-to-noise ratios in dB")
-    add("--audio", nargs="+", default=[], help="transcribe these files and folders instead")
-    add("--codec", help="codec for --audio and --noise; the one of its tokens unless given")
-    add("--plots", action="store_true",
-        help="also draw each file of --audio, with its tokens and letters (needs matplotlib)")
-    add = parser.add_argument_group("beam search with a language model").add_argument
-    add("--lm", help="word language model in ARPA format, plain or gzipped; greedy without")
-    add("--beam", type=int, default=200, help="hypotheses kept")
-    add("--lm-weight", type=float, default=2.5, help="weight of the language model")
-    add("--word-score", type=float, default=0.0, help="added for every word")
-    add("--prior-weight", type=float, default=0.5,
-        help="share of the units' log prior that is subtracted from their log-probabilities")
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    add = flag_group(parser, "recognizer, and what to recognize")
+    add("--asr", "runs/asr/asr.pt", "a recognizer, or its folder")
+    add("--test", [], "subsets to evaluate, if not those of the tokens")
+    add("--tokens", None, "folder of tokens; the one it was trained on unless given")
+    add("--compare", [],
+        "recognizers or their folders: one table of all, against the first", metavar="RUN")
+    add("--noise", [], "also evaluate in noise: white, pink, babble, or folders of audio")
+    add("--snr", [20.0, 10.0, 0.0], "signal-to-noise ratios in dB", type=float)
+    add("--audio", [], "transcribe these files and folders instead")
+    add("--codec", None, "codec for --audio and --noise; the one of its tokens unless given")
+    add("--plots", False,
+        "also draw each file of --audio, with its tokens and letters (needs matplotlib)")
+    add = flag_group(parser, "beam search with a language model")
+    add("--lm", None, "word language model in ARPA format, plain or gzipped; greedy without")
+    add("--beam", 200, "hypotheses kept")
+    add("--lm-weight", 2.5, "weight of the language model")
+    add("--word-score", 0.0, "added for every word")
+    add("--prior-weight", 0.5,
+        "share of the units' log prior that is subtracted from their log-probabilities")
     add_common_flags(parser, "runs/eval")
 
     args = parser.parse_args(arguments)

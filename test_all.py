@@ -205,7 +205,7 @@ def test_the_next_command_continues_the_run():
     for stage, expected, more in (
             (tokenize_corpus, {"corpus": [str(corpus())], "train": ["dev"]}, []),
             (train_asr, {"tokens": str(out.parent / "tokens")}, ["--epochs", 1]),
-            (evaluate, {"asr": str(out.parent / "asr" / "asr.pt")}, [])):
+            (evaluate, {"asr": str(out.parent / "asr")}, [])):
         name, flags = re.search(r"next: python (\w+)\.py (.*)", printed).groups()
         args = vars(stage.parse(shlex.split(flags)))
         assert STAGES[name] is stage and args | expected == args
@@ -271,7 +271,7 @@ def test_adversarial_training_of_a_finished_codec_changes_its_decoder_alone():
                                 side_effect=ResidualVQ.random_depth) as depth,
               mock.patch.object(codec, "Crops", side_effect=codec.Crops) as crops):
             run(codec, *flags, "--out", out)
-        assert crops.call_args.args[1:] == (0, 1600, 2)         # seed, samples, crops per step
+        assert crops.call_args_list[0].args[1:] == (0, 1600, 2)     # seed, samples, crops per step
         assert [call.args[0].training for call in depth.call_args_list] == depths
         before, after = Codec.load(small_codec("mel", kind)), Codec.load(out / "codec.pt")
         assert before.fingerprint == after.fingerprint
@@ -443,13 +443,11 @@ def test_fingerprint_follows_from_the_flags_and_changes_with_the_encoder_alone()
     assert Codec.load(first).fingerprint == Codec.load(again).fingerprint
 
 
-def test_report_takes_up_to_100_files_evenly_and_reconstruction_is_as_long_as_the_original():
+def test_reconstruction_is_as_long_as_the_original_and_the_report_measures_dev_speech():
+    report = read_json(small_codec().with_name("report.json"))
+    assert 0 < report["usage"] <= 1 < report["perplexity"] and 1 < report["mel_distance"] < 30
     source = write(new_folder() / "in.wav", 0.1 * noise(1234))
-    target, report = source.with_name("out.flac"), source.with_name("report.json")
-    for number, taken in ((1, 1), (100, 100), (101, 51)):
-        with redirect_stdout(io.StringIO()):
-            codec.report(Codec.load(small_codec()), [source] * number, source.parent)
-        assert read_json(report)["files"] == taken
+    target = source.with_name("out.flac")
     for books in (), ("--codebooks", 2):
         run(codec, "--codec", small_codec(), "--reconstruct", source, target, *books)
         assert sf.info(target).frames == 1234
@@ -706,10 +704,9 @@ def test_text_units_give_text_and_language_back():
         size = ["--vocab-size", "40"] if units != "char" else []
         args = train_asr.parse(["--units", units, "--lang-token", *size])
         model = train_asr.SentencePieceProcessor(model_proto=train_asr.train_units(rows, args))
-        ids = model.encode(train_asr.transcript(row, True))
+        ids = model.encode(f"<|{row['lang']}|> {row['text']}")
         path = [unit for i in ids for unit in (i, i, 0)]        # repeats merge, blanks vanish
-        log_probs = torch.eye(len(model))[path + [3, 4]][None]  # two frames of padding
-        (found,) = train_asr.greedy(model, log_probs, torch.tensor([len(path)]))
+        found = train_asr.greedy(model, torch.eye(len(model))[path])
         assert train_asr.split_language(found) == (row["lang"], row["text"]), found
 
 
@@ -906,8 +903,8 @@ def test_a_checkpoint_runs_no_strangers_code_and_lacks_nothing():
 def test_scripts_end_bad_input_and_ctrl_c_with_one_line():
     lost, other, asr = new_folder() / "lost", small_codec(seed=1), small_asr()
     for what, name, text in (
-            ("line 1 has path, sentence", "train.jsonl", '{"path": "a.wav", "sentence": "HELLO"}'),
-            ("line 1 has no JSON object", "train.jsonl", '{\n  "audio_filepath": "a.wav"\n}\n'),
+            ('line 1 is {"path": "a.wav", "s', "train.jsonl", '{"path": "a.wav", "sentence": "A"}'),
+            ("line 1 is {; each line needs", "train.jsonl", '{\n  "audio_filepath": "a.wav"\n}\n'),
             ("holds train.tsv", "train.tsv", "path\tsentence\n"), ("holds a.wav", "a.wav", "")):
         strange = new_folder()
         (strange / name).write_text(text)

@@ -25,7 +25,7 @@ import math
 import os
 import re
 import shlex
-from argparse import ArgumentParser
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -41,10 +41,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from codec import (SAMPLE_RATE, Codec, HelpPage, LogMel, add_common_flags, audio_below,
-                   files_below, find_audio, find_subsets, mel_window, read_audio, read_lines,
+from codec import (SAMPLE_RATE, Codec, LogMel, add_common_flags, audio_below, files_below,
+                   find_audio, find_subsets, flag_group, mel_window, read_audio, read_lines,
                    read_manifest, refuse_idle, run_stage, save_skipped, start_processes,
-                   write_atomically)
+                   write_atomically, write_rows)
 
 
 class Utterance(NamedTuple):
@@ -307,25 +307,24 @@ def encode_subset(front_end: FrontEnd, utterances: list[Utterance], noise: Noise
             write_atomically(folder / f"{item.id}.npy", front_end(torch.from_numpy(wav)), np.save)
 
 
-def write_rows(out: Path, subset: str, utterances: list[Utterance], skipped: list[str],
-               noise: Noise):
+def list_subset(out: Path, subset: str, utterances: list[Utterance], skipped: list[str],
+                noise: Noise):
     """Write <subset>.jsonl and <subset>.skipped.txt, and say what is in them."""
-    lines, seconds = [], 0.0
+    rows = []
     for item in utterances:
         array = out / subset / f"{item.id}.npy"
         if not array.exists():
             skipped.append(str(read_utterance(noise, item)))        # says again why not
             continue
-        row = item._asdict() | {
+        rows.append(item._asdict() | {
             "audio": str(item.audio.resolve()), "duration": round(item.duration, 3),
-            "frames": len(np.load(array, mmap_mode="r")), "array": f"{subset}/{array.name}"}
-        lines.append(json.dumps(row) + "\n")
-        seconds += item.duration
-    print(f"{subset}: {len(lines)} utterances, {seconds / 3600:.2f} hours")
+            "frames": len(np.load(array, mmap_mode="r")), "array": f"{subset}/{array.name}"})
+    hours = sum(row["duration"] for row in rows) / 3600
+    print(f"{subset}: {len(rows)} utterances, {hours:.2f} hours")
     save_skipped(out / f"{subset}.skipped.txt", skipped)
-    if not lines:
+    if not rows:
         raise ValueError(f"{subset}: nothing that can be used; see {out / subset}.skipped.txt")
-    write_atomically(out / f"{subset}.jsonl", "".join(lines).encode())
+    write_rows(out / f"{subset}.jsonl", rows)
 
 
 def tokenize(args):
@@ -342,7 +341,7 @@ def tokenize(args):
     check_folder(out, meta)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / "meta.json", json.dumps(meta, indent=1).encode())
+        write_atomically(out / "meta.json", json.dumps(meta, indent=1))
         if args.features == "tokens":
             write_atomically(out / "codebooks.npy", front_end.codebooks, np.save)
 
@@ -356,7 +355,7 @@ def tokenize(args):
             if world > 1:
                 dist.barrier()
             if rank == 0:
-                write_rows(out, subset, utterances, skipped, noise)
+                list_subset(out, subset, utterances, skipped, noise)
     if rank == 0:
         asr = out.with_name("asr" if out.name == "tokens" else f"asr-{out.name}")
         command = ["python", "train_asr.py", "--tokens", str(out), "--out", str(asr)]
@@ -371,28 +370,27 @@ def tokenize(args):
 # -------------------------------------------------------------------------------------------- main
 
 def parse(arguments=None):
-    parser = ArgumentParser(description=__doc__, formatter_class=HelpPage)
-    add = parser.add_argument_group("speech").add_argument
-    add("--corpus", nargs="+", default=["synthetic"],
-        help="synthetic, mini-librispeech, librispeech, or folders, read as one corpus")
-    add("--train", nargs="+", default=[], help="subsets to train on, if not the usual ones")
-    add("--dev", nargs="+", default=[], help="subsets to watch training on, likewise")
-    add("--test", nargs="+", default=[], help="subsets to evaluate on, likewise")
-    add = parser.add_argument_group("input of the recognizer").add_argument
-    add("--codec", default="runs/codec/codec.pt", help="a trained codec, or encodec")
-    add("--features", choices=("tokens", "latent", "mel"), default="tokens",
-        help="tokens, or what they are compared with: the codec's latent, log-mel")
-    add("--hop", type=int, default=400,
-        help="samples per frame of log-mel: 400 = 40 Hz, as the tokens; 160 = the usual 10 ms")
-    add = parser.add_argument_group("copies of the train subsets").add_argument
-    add("--speeds", nargs="+", type=float, default=[],
-        help="copies at these speeds, such as 0.9 1.1")
-    add("--noise", nargs="+", default=[],
-        help="copies in noise: white, pink, babble, or folders of audio")
-    add("--snr", nargs=2, type=float, metavar=("LOW", "HIGH"), default=[0.0, 20.0],
-        help="range of their signal-to-noise ratio in dB")
-    add("--copies", type=int, default=1, help="copies in noise of each utterance")
-    add("--workers", type=int, default=1, help="processes that read audio while the codec works")
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    add = flag_group(parser, "speech")
+    add("--corpus", ["synthetic"],
+        "synthetic, mini-librispeech, librispeech, or folders, read as one corpus")
+    add("--train", [], "subsets to train on, if not the usual ones")
+    add("--dev", [], "subsets to watch training on, likewise")
+    add("--test", [], "subsets to evaluate on, likewise")
+    add = flag_group(parser, "input of the recognizer")
+    add("--codec", "runs/codec/codec.pt", "a trained codec, or encodec")
+    add("--features", "tokens",
+        "tokens, or what they are compared with: the codec's latent, log-mel",
+        choices=("tokens", "latent", "mel"))
+    add("--hop", 400,
+        "samples per frame of log-mel: 400 = 40 Hz, as the tokens; 160 = the usual 10 ms")
+    add = flag_group(parser, "copies of the train subsets")
+    add("--speeds", [], "copies at these speeds, such as 0.9 1.1", type=float)
+    add("--noise", [], "copies in noise: white, pink, babble, or folders of audio")
+    add("--snr", [0.0, 20.0], "range of their signal-to-noise ratio in dB",
+        nargs=2, type=float, metavar=("LOW", "HIGH"))
+    add("--copies", 1, "copies in noise of each utterance")
+    add("--workers", 1, "processes that read audio while the codec works")
     add_common_flags(parser, "runs/tokens")
 
     args = parser.parse_args(arguments)

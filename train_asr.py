@@ -24,8 +24,8 @@ import os
 import re
 import shlex
 import time
-from argparse import ArgumentParser
-from collections.abc import Iterable, Sequence
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jiwer
@@ -40,9 +40,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from asr_model import SIZES, Augment, CodecASR
-from codec import (HelpPage, add_common_flags, check_same_flags, in_half, load_checkpoint,
-                   refuse_idle, run_stage, save_checkpoint, save_log, start_processes,
-                   write_atomically)
+from codec import (add_common_flags, check_same_flags, flag_group, load_checkpoint, refuse_idle,
+                   run_stage, save_run, start_processes)
 
 NOISY_SHARE = 0.5       # of the utterances, where the tokens include noisy copies
 LONGEST = 60.0          # seconds of an utterance: the memory of attention grows with its square
@@ -77,13 +76,10 @@ def train_units(rows: list[dict], args) -> bytes:
     return shared[0]
 
 
-def greedy(units: SentencePieceProcessor, log_probs: Tensor, out_len: Tensor) -> list[str]:
-    """Best unit of each frame, repeats merged, blanks dropped: (B, T', V), (B,) -> B texts."""
-    texts = []
-    for best, length in zip(log_probs.argmax(-1).cpu(), out_len.tolist()):
-        ids = best[:length].unique_consecutive()
-        texts.append(" ".join(units.decode(ids[ids != 0].tolist()).split()))
-    return texts
+def greedy(units: SentencePieceProcessor, log_probs: Tensor) -> str:
+    """Best unit of each frame, repeats merged, blanks dropped: (T', V) -> text."""
+    ids = log_probs.argmax(-1).unique_consecutive()
+    return " ".join(units.decode(ids[ids != 0].tolist()).split())
 
 
 def split_language(text: str) -> tuple[str, str]:
@@ -146,10 +142,6 @@ def frames_needed(target: Tensor) -> int:
     return len(target) + int((target[1:] == target[:-1]).sum())
 
 
-def transcript(row: dict, lang_token: bool) -> str:
-    return f"<|{row['lang']}|> {row['text']}" if lang_token else row["text"]
-
-
 class TrainSet(TokenSet):
     """Adds text units and targets, and draws one variant of each utterance an epoch."""
 
@@ -164,7 +156,8 @@ class TrainSet(TokenSet):
         self.targets, self.out_len, dropped = [], [], []
         self.variants = {}      # utterance: the numbers of its clean and of its noisy variants
         for i, row in enumerate(self.rows):
-            target = torch.tensor(self.units.encode(transcript(row, args.lang_token)))
+            text = f"<|{row['lang']}|> {row['text']}" if args.lang_token else row["text"]
+            target = torch.tensor(self.units.encode(text))
             target = target[target != 0]
             self.targets.append(target)
             self.out_len.append(-(-len(self.arrays[i]) // args.subsampling))
@@ -302,35 +295,37 @@ def ctc_loss(net: nn.Module, data: TrainSet, group: list[int], device: torch.dev
 
 
 @torch.inference_mode()
+def outputs(model: CodecASR, data: TokenSet, which: Sequence, frames: int,
+            device) -> Iterator[tuple[int, Tensor]]:
+    """-> utterance number, log_probs (T', V), for each of these utterances."""
+    model.eval()
+    for group in data.batches(which, frames):
+        log_probs, out_len = model(*data.take(group, device))               # (B, T', V), (B,)
+        for number, each, length in zip(group, log_probs.cpu(), out_len.tolist()):
+            yield number, each[:length]
+    model.train()
+
+
 def dev_error_rates(model: CodecASR, dev: TokenSet, units, frames: int, device) -> dict:
     """WER and CER of greedy decoding; language tokens do not count as text."""
-    model.eval()
     refs, hyps = [], []
-    for group in dev.batches(range(len(dev.rows)), 2 * frames):
-        found = greedy(units, *model(*dev.take(group, device)))
-        hyps += [split_language(hyp)[1] for hyp in found]
-        refs += [dev.rows[i]["text"] for i in group]
-    model.train()
+    for number, log_probs in outputs(model, dev, range(len(dev.rows)), 2 * frames, device):
+        refs.append(dev.rows[number]["text"])
+        hyps.append(split_language(greedy(units, log_probs))[1])
     return {"dev_wer": jiwer.wer(refs, hyps), "dev_cer": jiwer.cer(refs, hyps)}
 
 
-@torch.inference_mode()
 def unit_prior(model: CodecASR, data: TrainSet, device) -> Tensor:
     """Log of the mean probability of each unit on 100 training utterances or copies: (V,).
 
     CTC's posteriors contain it, above all that of the blank; a beam search divides by it, as its
     language model knows how frequent words are.
     """
-    model.eval()
-    total, frames = 0.0, 0
     kept = [i for variants in data.variants.values() for i in sum(variants, [])]
     some = np.random.default_rng(0).permutation(kept)[:100]
-    for group in data.batches(some, data.frames):
-        log_probs, out_len = model(*data.take(group, device))               # (B, T', V), (B,)
-        for each, length in zip(log_probs, out_len.tolist()):
-            total, frames = total + each[:length].exp().sum(0), frames + length
-    model.train()
-    return (total / frames).log().cpu()
+    total = sum(log_probs.exp().sum(0)
+                for _, log_probs in outputs(model, data, some, data.frames, device))
+    return (total / total.sum()).log()
 
 
 # --------------------------------------------------------------------------------------- training
@@ -452,16 +447,12 @@ def train(args):
               flush=True)
         log.append(row)
         state = {"kind": "asr", "flags": vars(args), "meta": meta, "log": log,
-                 "text": data.units.serialized_model_proto(), "model": model.state_dict()}
-        prior = unit_prior(model, data, device)
-        write_atomically(out / "asr.pt", in_half(state | {"log_prior": prior}), save_checkpoint)
-        write_atomically(out / "resume.pt", state | {
-            "epoch": epoch + 1, "step": step,
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, save_checkpoint)
-        save_log(out, log)
+                 "text": data.units.serialized_model_proto(), "model": model.state_dict(),
+                 "log_prior": unit_prior(model, data, device)}
+        save_run(out, state, epoch=epoch + 1, step=step,
+                 optimizers=[optimizer.state_dict() for optimizer in optimizers])
     if rank == 0:
-        report = out.with_name(out.name.replace("asr", "eval", 1))
-        command = ["python", "evaluate.py", "--asr", str(out / "asr.pt"), "--out", str(report)]
+        command = ["python", "evaluate.py", "--asr", str(out), "--out", str(out / "eval")]
         print(f"wrote {out / 'asr.pt'} (dev CER {log[-1]['dev_cer']:.1%}); next: "
               f"{shlex.join(command)}")
 
@@ -469,40 +460,36 @@ def train(args):
 # --------------------------------------------------------------------------------------------- main
 
 def parse(arguments=None):
-    parser = ArgumentParser(description=__doc__, formatter_class=HelpPage)
-    parser.add_argument("--tokens", default="runs/tokens", help="what tokenize_corpus.py wrote")
-    add = parser.add_argument_group("model").add_argument
-    add("--size", choices=SIZES, default="tiny", help="width and depth of the Conformer")
-    add("--embedding", choices=("codebook", "random", "frozen"), default="codebook",
-        help="tables start as the codec's codebooks; at random, with mean and deviation of each "
-             "codebook; or as codebooks that do not learn")
-    add("--aggregate", choices=("sum", "stack"), default="sum",
-        help="the rows of the Q tables are added (normalized, this is the paper's average), or "
-             "put side by side")
-    add("--codebooks", type=int, default=0, help="use only the first N codebooks; 0: all")
-    add("--subsampling", type=int, choices=(1, 2, 4), default=1,
-        help="input frames merged into one: 4 for 10 ms log-mel, 2 for 80 Hz tokens")
-    add = parser.add_argument_group("damage to the training input").add_argument
-    add("--time-masks", type=int, default=8,
-        help="spans of time hidden, each up to 5 %% of the utterance and 0.2 s")
-    add("--codebook-masks", type=int, default=0,
-        help="codebooks hidden, each for up to half of an utterance")
-    add("--feature-masks", type=int, default=1,
-        help="bands of the embedding hidden, each up to a third")
-    add("--replace", type=float, default=0.0, help="share of tokens replaced by random codes")
-    add("--noisy-embedding", type=float, default=0.0,
-        help="standard deviation of noise on the embedding, relative to its own, such as 0.3")
-    add("--curriculum", type=int, default=3000,
-        help="steps over which this damage, and noisy copies, ramp up; 0: none")
-    add = parser.add_argument_group("text units").add_argument
-    add("--units", choices=("char", "unigram", "bpe"), default="char", help="text units")
-    add("--vocab-size", type=int, default=256, help="number of text units, with unigram or bpe")
-    add("--lang-token", action="store_true", help="begin transcripts with a token of the language")
-    add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=int, default=25, help="passes over the training utterances")
-    add("--batch", type=float, default=40.0, help="seconds of speech per step, in all processes")
-    add("--lr", type=float, default=3e-3,
-        help="peak learning rate; Muon takes 2.5 times as much, the tables a tenth")
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    add = flag_group(parser, "model and its input")
+    add("--tokens", "runs/tokens", "folder that tokenize_corpus.py wrote")
+    add("--size", "tiny", "width and depth of the Conformer", choices=SIZES)
+    add("--embedding", "codebook",
+        "tables start as the codec's codebooks; at random, with mean and deviation of each "
+        "codebook; or as codebooks that do not learn", choices=("codebook", "random", "frozen"))
+    add("--aggregate", "sum",
+        "the rows of the Q tables are added (normalized, this is the paper's average), or put "
+        "side by side", choices=("sum", "stack"))
+    add("--codebooks", 0, "use only the first N codebooks; 0: all")
+    add("--subsampling", 1,
+        "input frames merged into one: 4 for 10 ms log-mel, 2 for 80 Hz tokens",
+        choices=(1, 2, 4))
+    add = flag_group(parser, "damage to the training input")
+    add("--time-masks", 8, "spans of time hidden, each up to 5 %% of the utterance and 0.2 s")
+    add("--codebook-masks", 0, "codebooks hidden, each for up to half of an utterance")
+    add("--feature-masks", 1, "bands of the embedding hidden, each up to a third")
+    add("--replace", 0.0, "share of tokens replaced by random codes")
+    add("--noisy-embedding", 0.0,
+        "standard deviation of noise on the embedding, relative to its own, such as 0.3")
+    add("--curriculum", 3000, "steps over which this damage, and noisy copies, ramp up; 0: none")
+    add = flag_group(parser, "text units")
+    add("--units", "char", "text units", choices=("char", "unigram", "bpe"))
+    add("--vocab-size", 256, "number of text units, with unigram or bpe")
+    add("--lang-token", False, "begin transcripts with a token of the language")
+    add = flag_group(parser, "training")
+    add("--epochs", 25, "passes over the training utterances")
+    add("--batch", 40.0, "seconds of speech per step, in all processes")
+    add("--lr", 0.003, "peak learning rate; Muon takes 2.5 times as much, the tables a tenth")
     add_common_flags(parser, "runs/asr")
 
     args = parser.parse_args(arguments)

@@ -24,7 +24,7 @@ import json
 import re
 import sys
 import timeit
-from argparse import ArgumentParser
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +34,8 @@ from torchaudio.functional import forced_align
 from tqdm import tqdm
 
 from asr_model import CodecASR
-from codec import (SAMPLE_RATE, Codec, HelpPage, LogMel, load_checkpoint,
-                   mel_window, read_audio, run_stage, write_atomically)
+from codec import (SAMPLE_RATE, Codec, LogMel, load_checkpoint, mel_window, read_audio, run_stage,
+                   write_atomically)
 from evaluate import Recognizer, origin, percent, rate, resampled, table
 from train_asr import TokenSet, frames_needed
 
@@ -177,7 +177,7 @@ def collect(args):
             study[section] |= report[section]
     # One run per line, so that git shows what changed.
     text = json.dumps(study, sort_keys=True).replace('}, "runs/', '},\n"runs/')
-    write_atomically(STUDY_FILE, text.encode())
+    write_atomically(STUDY_FILE, text)
     print(f"wrote {STUDY_FILE}: {len(study['runs'])} runs")
 
 
@@ -236,7 +236,7 @@ def tables(args):
             answers.setdefault(question, []).append(row)
     header = ["run", "test", "WER % (95 %)", "CER % (95 %)", "minus its reference (95 %)"]
     pages = [f"## {question}\n\n{table(header, rows)}" for question, rows in answers.items()]
-    write_atomically(STUDY_FILE.with_name("tables.md"), "\n".join(pages).encode())
+    write_atomically(STUDY_FILE.with_name("tables.md"), "\n".join(pages))
     print(*pages, sep="\n")
 
 
@@ -340,7 +340,7 @@ def speed(function):
 
 def save(section, entries):
     path = Path(f"runs/{section}.json")
-    write_atomically(path, json.dumps({section: entries}).encode())
+    write_atomically(path, json.dumps({section: entries}))
     print(f"wrote {path}")
 
 
@@ -348,7 +348,7 @@ def save(section, entries):
 
 def parse(arguments=None):
     parser = ArgumentParser("python -m results.study", description=__doc__,
-                            formatter_class=HelpPage)
+                            formatter_class=RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(metavar="WHAT", required=True)
     for stage in (collect, tables, figures, content, benchmark):
         command = commands.add_parser(stage.__name__, help=stage.__doc__)
