@@ -43,7 +43,8 @@ class Augment:
     feature_masks: int = 0          # bands of the embedding (or of log-mel), each up to a third
     replace: float = 0.0            # share of tokens replaced by random codes
     # Deviation of the noise on the embedding, as a share of the embedding's own. NEFTune (arXiv
-    # 2310.05914) scales by alpha / sqrt(T * D): with T = 400 and D = 32, 0.3 is an alpha of 59.
+    # 2310.05914) draws from -a to a, with a = alpha / sqrt(T * D), which has the deviation
+    # a / sqrt(3): with T = 400 and D = 32, 0.3 is an alpha of 59.
     noisy_embedding: float = 0.0
     strength: float = 1.0           # 0 to 1: the curriculum's ramp over all of the above
 

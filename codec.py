@@ -60,8 +60,8 @@ from quantizers import GroupFSQ, Quantized, ResidualVQ, usage_and_perplexity
 
 SAMPLE_RATE = 16_000
 
-# Widths of encoder and decoder, and their blocks. `tiny` and `small` train on a laptop; `base`
-# needs a GPU.
+# Channels of the time encoder's first layer, of the mel encoder and of the decoder; blocks of the
+# last two. `tiny` and `small` train on a laptop; `base` needs a GPU.
 SIZES = {
     "tiny": dict(time=16, mel=128, decoder=128, blocks=2),
     "small": dict(time=32, mel=192, decoder=256, blocks=4),
@@ -112,7 +112,7 @@ class MelEncoder(nn.Module):
     """wav (B, S) -> latent (B, D, T). Two log-mel frames make one token frame.
 
     The final BatchNorm spreads every dimension of the latent over the quantizer's range, so that
-    the codes are in use from the first step. In evaluation it is a fixed scale.
+    the codes are in use from the first step. In evaluation, scale and shift are fixed.
     """
     window = 600        # token frames encoded at once: bounds memory
 
@@ -235,7 +235,7 @@ class Codec(nn.Module):
     """
     sample_rate = SAMPLE_RATE
 
-    def __init__(self, encoder: str = "mel", quantizer: str = "fsq", strides=(2, 4, 5, 10),
+    def __init__(self, encoder: str = "mel", quantizer: str = "rvq", strides=(2, 4, 5, 10),
                  codebooks: int = 8, codebook_size: int = 1024, size: str = "tiny"):
         """encoder "mel" or "time"; quantizer "rvq" or "fsq", which always has 1000 codes."""
         super().__init__()
@@ -308,7 +308,7 @@ class Codec(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> "Codec":
-        """A trained codec. Raises ValueError when the file is missing, damaged, or no codec."""
+        """A trained codec. Raises ValueError when the file is missing, damaged, or not a codec."""
         saved = load_checkpoint(path, "codec")
         try:
             codec = cls(**saved["config"])
@@ -413,8 +413,8 @@ def write_rows(path: Path, rows: list[dict]):
 
 
 def save_run(out: Path, state: dict, **more):
-    """Write what the next stage needs, with weights in half precision; all that resuming needs;
-    and the log."""
+    """Write <kind>.pt, the state with its weights in half precision, which the next stages need;
+    resume.pt, the whole state and what else resuming needs; and the log."""
     weights = {name: value.half() if value.is_floating_point() else value
                for name, value in state["model"].items()}
     save = lambda path, checkpoint: torch.save(checkpoint, path)
@@ -440,7 +440,7 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
             return saved
     except Exception:                   # torch raises many types for a damaged file
         pass
-    raise ValueError(f"{path}: damaged, or no {kind} checkpoint of this project")
+    raise ValueError(f"{path}: damaged, or not a {kind} checkpoint of this project")
 
 
 def check_same_flags(path: Path, flags: dict, args, free: list[str]):
@@ -492,7 +492,7 @@ def pick_device(name: str) -> str:
 
 
 def start_processes(name: str) -> tuple[torch.device, int, int]:
-    """-> device, rank, number of processes: more than one where torchrun started this script."""
+    """-> device, rank, number of processes: more than one if torchrun started this script."""
     device, world = pick_device(name), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         # The others may have to wait while the first one downloads a corpus.
@@ -618,6 +618,7 @@ def train(args):
     codec = Codec(args.encoder, args.quantizer, args.strides, args.codebooks, args.codebook_size,
                   args.size).to(device)
     discriminator, mel_distance = Discriminator().to(device), MelDistance().to(device)
+    # At least two frames, for BatchNorm.
     length = max(2, round(args.crop * SAMPLE_RATE / codec.hop)) * codec.hop
     crops = Crops(files, args.seed, length, args.batch)
 
@@ -628,7 +629,8 @@ def train(args):
     if saved:
         start, log, decoder_only = saved["step"], saved["log"], saved["decoder_only"]
         codec.load_state_dict(saved["model"])
-        if saved.get("optimizers"):     # neither of a published codec, nor when a new run begins
+        # codec.pt has no optimizers, and training the decoder alone begins with new ones.
+        if saved.get("optimizers"):
             discriminator.load_state_dict(saved["discriminator"])
             for optimizer, state in zip(optimizers, saved["optimizers"]):
                 optimizer.load_state_dict(state)
@@ -666,8 +668,8 @@ def train(args):
                 losses |= generator_losses(discriminator, wav, made)
             total = sum(WEIGHTS[name] * value for name, value in losses.items())
             optimize(total, optimizers[0], lr)
-            losses = {name: value.detach() for name, value in losses.items()}
-            recent.append((losses, quantized.tokens))
+            recent.append(({name: value.detach() for name, value in losses.items()},
+                           quantized.tokens))
 
             if (step + 1) % 100 == 0 or step + 1 == args.steps:
                 log.append({"step": step + 1} | log_row(recent, codec.quantizer.codebook_size))
@@ -700,6 +702,7 @@ def report(codec: Codec, crops: Crops, out: Path):
     wav = crops.batch_of(0).to(device)
     tokens = codec.encode(wav)
     mel_distance = MelDistance().to(device)(wav, codec.decode(tokens))
+    # One row of the log, from this batch alone.
     row = log_row([({"mel_distance": mel_distance}, tokens)], codec.quantizer.codebook_size)
     text = json.dumps(row | {"fingerprint": codec.fingerprint}, indent=1)
     print(f"dev: {text}")
@@ -711,8 +714,8 @@ def reconstruct(args):
     source, target = map(Path, args.reconstruct)
     device = pick_device(args.device)
     codec = Codec.load(args.codec, device)
-    if args.codebooks > codec.quantizer.num_codebooks:
-        raise ValueError(f"{args.codec} has only {codec.quantizer.num_codebooks} codebooks")
+    if not 0 <= args.codebooks <= codec.quantizer.num_codebooks:
+        raise ValueError(f"{args.codec} has {codec.quantizer.num_codebooks} codebooks")
     wav = read_audio(source)
     tokens = codec.encode(wav[None].to(device))[:, :args.codebooks or None]
     made = codec.decode(tokens)[0, :len(wav)].cpu().clamp(-1, 1)
@@ -741,9 +744,9 @@ CORPORA = {
 def read_audio(path: str | Path, seconds: float | None = None, at: float = 0.0) -> Tensor:
     """Any file that soundfile reads -> wav (S,) float32, full scale 1, 16 kHz, channels averaged.
 
-    With `seconds`, reads only so much; `at`, from 0 to 1, says from where between start and end.
-    Raises ValueError when the file cannot be read, holds nothing that can be sound, or is visibly
-    truncated, by more than a tenth. AIFF and Ogg do not show it.
+    `seconds`: read only so much; `at`, from 0 to 1: where in the file this piece lies. Raises
+    ValueError when the file cannot be read, cannot be a recording, or has lost more than a tenth of
+    the samples that its header promises. The headers of AIFF and Ogg promise nothing.
     """
     try:
         check_wav_size(path)
@@ -771,7 +774,7 @@ def check_wav_size(path: str | Path):
     """libsndfile reads a truncated WAV as a shorter recording."""
     with open(path, "rb") as file:
         kind, size = file.read(4), int.from_bytes(file.read(4), "little")
-    # Streams give sizes near 2 GiB.
+    # A size of 2 GiB or more is what programs write that do not know it yet.
     if kind == b"RIFF" and os.path.getsize(path) < 0.9 * size and size < 0x7f000000:
         raise ValueError(f"{path}: is truncated: its header says {size} bytes")
 
@@ -788,8 +791,9 @@ def check_sound(path: str | Path, wav: np.ndarray, wanted: int, rate: int):
 
 def find_subsets(corpora: list[str], **asked: list[str]) -> dict[str, dict[str, list[Path]]]:
     """Several corpora, read as one -> {role: {subset: [folders that have it]}}.
-    asked: for the roles train, dev and test, names of subsets, each of which must exist, or [] for
-    the usual ones, as far as they exist. Each corpus must have some subset.
+
+    asked: the names of the subsets for the roles train, dev and test. Each of them must exist. An
+    empty list stands for the usual ones, as far as they exist. Each corpus must have some subset.
     """
     found = {role: {} for role in asked}
     for corpus in dict.fromkeys(corpora):
@@ -808,7 +812,7 @@ def find_subsets(corpora: list[str], **asked: list[str]) -> dict[str, dict[str, 
             raise ValueError(nothing_found(folder, wanted))
     for role, subsets in asked.items():
         for subset in subsets:
-            if subset not in found[role]:
+            if subset not in found[role] or ".." in subset or os.path.isabs(subset):
                 raise ValueError(f"--{role} {subset}: no such subset in {', '.join(corpora)}")
     return found
 
@@ -847,8 +851,8 @@ def audio_files(subsets: dict[str, list[Path]]) -> list[Path]:
 
 
 def find_audio(folder: Path, subset: str) -> list[Path]:
-    """The audio files of a subset, none where the folder lacks it: of its manifest, of ML-SUPERB's
-    lists, or of its own folder."""
+    """The audio files that the subset's manifest names, or ML-SUPERB's lists, or that lie in the
+    subset's own folder. None if there is no such subset."""
     if (folder / f"{subset}.jsonl").is_file():
         rows, _ = read_manifest(folder / f"{subset}.jsonl")
         return [folder / row["audio_filepath"] for row in rows]
@@ -910,7 +914,7 @@ def parse(arguments=None):
     add("--encoder", "mel",
         "what the encoder sees: the waveform, or its log-mel spectrogram",
         choices=("time", "mel"))
-    add("--quantizer", "fsq",
+    add("--quantizer", "rvq",
         "residual vector quantization, or grouped finite scalar quantization",
         choices=("rvq", "fsq"))
     add("--strides", [2, 4, 5, 10],
@@ -934,15 +938,15 @@ def parse(arguments=None):
 
     args = parser.parse_args(arguments)
     if args.reconstruct:
-        idle = set(vars(args)) - {"reconstruct", "codec", "codebooks", "device"}
-        refuse_idle(parser, args, "with --reconstruct", *sorted(idle))
+        refuse_idle(parser, args, "with --reconstruct", *sorted(
+            set(vars(args)) - {"reconstruct", "codec", "codebooks", "device"}))
         return args
     refuse_idle(parser, args, "without --reconstruct", "codec")
     if args.quantizer == "fsq":
         refuse_idle(parser, args, "with --quantizer fsq, which has 1000 codes", "codebook_size")
     args.codebooks = args.codebooks or 8
     if min(args.codebooks, args.codebook_size, args.steps, args.batch, args.crop, args.lr) <= 0:
-        parser.error("codebooks, --codebook-size, --steps, --batch, --crop, --lr: above 0")
+        parser.error("--codebooks, --codebook-size, --steps, --batch, --crop, --lr: above 0")
     if args.codebook_size > 32_768:
         parser.error("--codebook-size: at most 32768, as tokens are stored in 16 bits")
     if min(args.strides) < 1 or math.prod(args.strides) % 2:
@@ -972,7 +976,7 @@ MD5 = {     # published at OPENSLR/31 (the first two) and OPENSLR/12
 
 
 def fetch_librispeech(folder: Path, subset: str):
-    """Download folder/<subset>, unless it is there, or is no subset of LibriSpeech."""
+    """Download folder/<subset>, unless it is there, or is not a subset of LibriSpeech."""
     if (folder / subset).is_dir() or subset not in MD5:
         return
     part = folder / f".{subset}.part"               # renamed when whole: never half a subset
@@ -1070,7 +1074,7 @@ def speak(words: list[str], speaker: int, rng: np.random.Generator) -> np.ndarra
     """Words -> wav (S,) at 16 kHz, in the voice of a speaker."""
     # Steps of irrational size spread the voices evenly from 0 to 1, and never repeat one.
     size, haste, edge = speaker * np.array([0.618034, 0.754878, 0.569840]) % 1
-    scale = 0.85 + 0.35 * size                      # 0: a long vocal tract, 1: a short one
+    scale = 0.85 + 0.35 * size                      # of the resonances: low for a long vocal tract
     track = articulate(words, 0.8 + 0.35 * haste, rng)
     frames = track.shape[1]
 

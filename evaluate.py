@@ -1,6 +1,6 @@
 """Stage 4: recognize speech with a trained recognizer, and measure how well.
 
-in   runs/asr/asr.pt, and the tokens that it was trained on
+in   runs/asr/asr.pt, and token files; for --audio and --noise the audio and the codec
 out  runs/eval/report.json, report.md       word and character error rates, with intervals
      (compare.json, compare.md              with --compare)
      runs/eval/*.png                        pictures of the files of --audio, with --plots
@@ -31,6 +31,7 @@ import sys
 import tempfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import jiwer
@@ -62,9 +63,9 @@ class Recognizer:
                  codec: str | None = None, beam: int = 200, lm_weight: float = 2.5,
                  word_score: float = 0.0, prior_weight: float = 0.5):
         """path: asr.pt or its folder. lm: a word language model in ARPA format, plain or gzipped,
-        for a beam search; without, decoding is greedy. codec: that of its tokens unless given; it
-        is loaded at first use. Raises ValueError when a file is missing, damaged, or does not
-        fit."""
+        for a beam search; without, decoding is greedy. codec: by default the one that made the
+        training tokens; it is loaded at first use. Raises ValueError when a file is missing,
+        damaged, or does not fit."""
         self.path = Path(path) / "asr.pt" if Path(path).is_dir() else Path(path)
         saved = load_checkpoint(self.path, "asr")
         self.device = torch.device(pick_device(device))
@@ -78,20 +79,19 @@ class Recognizer:
         self.model.to(self.device).eval()
         # codec_path is relative to the checkpoint.
         self.codec = codec or self.path.parent / self.meta["codec_path"]
-        self.encode = None                  # its FrontEnd, once it is needed
         # Checkpoints written before the prior was stored have none.
         self.prior = prior_weight * saved.get("log_prior", torch.zeros(len(self.units)))
         self.beam_search = None
         if lm:
             self.beam_search = beam_search(self.units, lm, beam, lm_weight, word_score)
 
+    @cached_property
     def front_end(self) -> FrontEnd:
         """What made its tokens. Raises ValueError when the given codec is a different one."""
-        if not self.encode:
-            self.encode = FrontEnd(self.meta["features"], self.codec, self.meta["hop"],
-                                   str(self.device))
-            check_same_tokens(self.path, self.meta, self.codec, self.encode.meta)
-        return self.encode
+        features, hop = self.meta["features"], self.meta["hop"]
+        front_end = FrontEnd(features, self.codec, hop, str(self.device))
+        check_same_tokens(self.path, self.meta, self.codec, front_end.meta)
+        return front_end
 
     @torch.inference_mode()
     def log_probs(self, array: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class Recognizer:
 
     def transcribe(self, path: str | Path) -> str:
         """An audio file of any length -> its text. Raises ValueError where it cannot be read."""
-        return self.recognize(torch.from_numpy(self.front_end()(read_audio(path))))
+        return self.recognize(torch.from_numpy(self.front_end(read_audio(path))))
 
 
 def beam_search(units: SentencePieceProcessor, lm: str, beam: int, lm_weight: float,
@@ -159,7 +159,10 @@ def arpa_words(lm: str) -> list[str]:
     opened = gzip.open if str(lm).endswith(".gz") else open
     with opened(lm, "rt", encoding="utf-8", errors="replace") as arpa:
         unigrams = itertools.takewhile(lambda line: not line.startswith("\\2-grams"), arpa)
-        return re.findall(r"^\S+\t(\S+)", "".join(unigrams), re.MULTILINE)
+        try:
+            return re.findall(r"^\S+\t(\S+)", "".join(unigrams), re.MULTILINE)
+        except EOFError:
+            raise ValueError(f"--lm {lm}: is truncated")
 
 
 # ----------------------------------------------------------------------------------------- scoring
@@ -237,7 +240,7 @@ def plot_utterance(recognizer: Recognizer, audio: Path, text: str, path: Path):
     except ImportError:
         raise ValueError("--plots needs pip install matplotlib")
     wav = read_audio(audio)
-    array = torch.from_numpy(recognizer.front_end()(wav))                   # (T, Q)
+    array = torch.from_numpy(recognizer.front_end(wav))                   # (T, Q)
     end, best = len(wav) / SAMPLE_RATE, recognizer.log_probs(array)[0].argmax(1)        # (T',)
     fig = Figure(figsize=(12, 7), dpi=80, layout="constrained")
     fig.suptitle(f"recognized: {text}")
@@ -305,7 +308,7 @@ def conditions(run: Recognizer, data: TokenSet, args) -> Iterator[tuple]:
     items = [Utterance(**{name: row[name] for name in Utterance._fields}) for row in data.rows]
     for kind, snr in itertools.product(args.noise, args.snr):
         noise = Noise([kind], [snr, snr], items, args.seed)
-        yield kind, snr, [torch.from_numpy(run.front_end()(noise(read_audio(item.audio), item)))
+        yield kind, snr, [torch.from_numpy(run.front_end(noise(read_audio(item.audio), item)))
                           for item in tqdm(items, f"{kind} {snr:g} dB", disable=None)]
 
 
@@ -370,7 +373,7 @@ def evaluate(args):
 def transcribe(args):
     """Print what is said in each file; with --plots, draw it too."""
     recognizer, files, failed = load(args.asr, args), [], 0
-    recognizer.front_end()              # a codec that does not fit is reported once, now
+    recognizer.front_end                # a codec that does not fit is reported once, now
     for path in map(Path, args.audio):
         files += audio_below(path) if path.is_dir() else [path]
     for number, path in enumerate(files):
@@ -401,7 +404,7 @@ def parse(arguments=None):
     add("--noise", [], "also evaluate in noise: white, pink, babble, or folders of audio")
     add("--snr", [20.0, 10.0, 0.0], "signal-to-noise ratios in dB", type=float)
     add("--audio", [], "transcribe these files and folders instead")
-    add("--codec", None, "codec for --audio and --noise; the one of its tokens unless given")
+    add("--codec", None, "codec for --audio and --noise, if the one that it names has moved")
     add("--plots", False,
         "also draw each file of --audio, with its tokens and letters (needs matplotlib)")
     add = flag_group(parser, "beam search with a language model")

@@ -1,4 +1,4 @@
-"""The two quantizers: residual vector quantization (RVQ), grouped finite scalar quantization (FSQ).
+"""Residual vector quantization (RVQ) and grouped finite scalar quantization (FSQ).
 
 in   latent (B, D, T)     the encoder's description of each frame
 out  tokens (B, Q, T)     Q integers per frame, and the quantized latent that they stand for
@@ -171,8 +171,8 @@ class ResidualVQ(nn.Module):
         self.ema_count[level].lerp_(count / uniform, 1 - self.decay)
         self.ema_sum[level].lerp_(total / uniform, 1 - self.decay)
 
-        # Move each dead code to a different frame while there are enough, with a little noise: of
-        # two identical codes, one would die again.
+        # The n-th dead code moves to the n-th of the frames in random order, with a little noise:
+        # of two identical codes, one would die again.
         dead = self.ema_count[level] < self.dead_below                      # (K,)
         frame = torch.randperm(len(residual), device=residual.device)
         moved = residual[frame[dead.cumsum(0) % len(frame)]]                # (K, D)
@@ -235,7 +235,7 @@ class GroupFSQ(nn.Module):
         rounding gives exactly that many values (Mentzer et al., section 3.1).
         """
         groups = latent.float().transpose(1, 2).unflatten(2, (self.num_codebooks, -1))
-        half = (self.levels - 1) * (1 + 1e-3) / 2
+        half = (self.levels - 1) * (1 + 1e-3) / 2       # a little more: the ends can be reached
         offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
         shift = torch.atanh(offset / half)                  # a latent of 0 becomes the value 0
         return torch.tanh(groups + shift) * half - offset + self.levels // 2

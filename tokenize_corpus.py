@@ -53,7 +53,7 @@ class Utterance(NamedTuple):
     lang: str
     speaker: str
     audio: Path
-    duration: float = 0.0       # seconds, after a change of speed
+    duration: float = 0.0       # seconds, after a change of speed; 0 while it is unknown
     copy_of: str = ""           # id of the original
     speed: float = 1.0
     noisy: bool = False
@@ -153,6 +153,8 @@ class Noise:
 
     def __call__(self, wav: Tensor, item: Utterance) -> Tensor:
         """wav (S,) -> (S,)."""
+        if not wav.any():
+            return wav                  # silence has no signal-to-noise ratio
         rng = np.random.default_rng([self.seed, *item.id.encode()])
         kind, snr = self.kinds[rng.integers(len(self.kinds))], rng.uniform(*self.snr)
         if kind == "white":
@@ -165,8 +167,6 @@ class Noise:
             noise = sum(stretch(files, len(wav), rng) for _ in range(6))
         else:
             noise = stretch(self.files[kind], len(wav), rng)
-        if not wav.any():
-            return wav                  # silence has no signal-to-noise ratio
         return torchaudio.functional.add_noise(wav[None], noise[None], torch.tensor([snr]))[0]
 
 
@@ -235,7 +235,8 @@ class FrontEnd:
             self.encode = LogMel(mel_window(hop), hop, 80).to(device)
             self.meta |= {"codec": f"mel-{hop}", "dim": 80}
             return
-        own = Path(codec_path).name != "encodec"        # meta.json holds a relative path
+        # The word encodec may come as a path, such as ../../encodec, from meta.json.
+        own = Path(codec_path).name != "encodec"
         codec = Codec.load(codec_path, device) if own else Encodec(device)
         self.encode = codec.encode if features == "tokens" else codec.latent
         self.codebooks = codec.codebooks().cpu().numpy()                    # (Q, K, D)
@@ -349,7 +350,7 @@ def tokenize(args):
         for subset, folders in subsets.items():
             utterances, skipped = read_subset(folders, subset)
             noise = Noise(args.noise, args.snr, utterances, args.seed)
-            if subset in corpus["train"]:
+            if subset in corpus["train"]:           # a subset may have two roles
                 utterances = with_copies(utterances, args)
             encode_subset(front_end, utterances[rank::world], noise, out / subset, args.workers)
             if world > 1:
@@ -357,13 +358,13 @@ def tokenize(args):
             if rank == 0:
                 list_subset(out, subset, utterances, skipped, noise)
     if rank == 0:
-        asr = out.with_name("asr" if out.name == "tokens" else f"asr-{out.name}")
-        command = ["python", "train_asr.py", "--tokens", str(out), "--out", str(asr)]
+        name = "asr" if out.name == "tokens" else f"asr-{out.name}"
+        command = ["python", "train_asr.py", "--tokens", str(out), "--out", str(out.parent / name)]
         if not corpus["train"]:
-            asr = Path(args.codec).with_name("asr.pt")      # a published codec lies beside its own
             command = ["python", "evaluate.py", "--tokens", str(out), "--out", str(out / "eval")]
-            if asr.exists():
-                command += ["--asr", str(asr)]
+            published = Path(args.codec).with_name("asr.pt")        # lies beside its codec
+            if published.exists():
+                command += ["--asr", str(published)]
         print(f"wrote {out}; next: {shlex.join(command)}")
 
 

@@ -9,8 +9,8 @@ out  runs/asr/asr.pt            the recognizer, in half precision: all that eval
     python train_asr.py --tokens runs/mine/tokens --size small --epochs 30 --out runs/mine/asr
 
 The log lines: `loss` is the CTC loss in nats per text unit, averaged over the epoch; `dev CER` and
-`dev WER` are error rates of greedy decoding; `dropped` counts training utterances and copies that
-CTC cannot align, or that last more than a minute.
+`dev WER` are error rates of greedy decoding. The line `dropped`, printed once, counts training
+utterances and copies that CTC cannot align, or that last more than a minute.
 
 Legend: B utterances, T token frames, T' output frames, Q codebooks, D feature size, V text units.
 Dhawan et al., arXiv 2407.03495, section 3. Everything that training needs from the codec is in the
@@ -160,7 +160,7 @@ class TrainSet(TokenSet):
             target = torch.tensor(self.units.encode(text))
             target = target[target != 0]
             self.targets.append(target)
-            self.out_len.append(-(-len(self.arrays[i]) // args.subsampling))
+            self.out_len.append(-(-len(self.arrays[i]) // args.subsampling))    # as in CodecASR
             # torch's zero_infinity would only hide the utterances that are too short.
             if 0 < frames_needed(target) <= self.out_len[i] and row["duration"] <= LONGEST:
                 original = Path(row["array"]).parent / (row["copy_of"] or row["id"])
@@ -238,7 +238,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(y: Tensor) -> Tensor:
     """About U V^T of each singular value decomposition U S V^T, by Newton-Schulz iterations:
     (N, R, C) -> (N, R, C). The coefficients are those of Jordan et al.: after five iterations, all
-    singular values are near 1, which is close enough."""
+    singular values are near 1, and nearer is not needed."""
     if y.shape[1] > y.shape[2]:
         return orthogonal(y.mT).mT
     y = y / (y.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -334,12 +334,10 @@ def share_of_peak(step: int, progress: float, warmup: float) -> float:
     """Share of the peak learning rate: linear warm-up, times half a cosine from 1 to 0.
 
     progress: share of the training that is done, 0 to 1. A warm-up of less than 1,000 steps can
-    leave CTC where it starts, predicting nothing but blanks.
+    leave CTC where it starts, predicting nothing but blanks; short runs take that risk.
     """
     decay = 0.5 + 0.5 * math.cos(math.pi * progress)
-    if step < warmup:
-        return decay * (step + 1) / warmup
-    return decay
+    return decay * min(1.0, (step + 1) / warmup)
 
 
 def ramp(step: int, args) -> float:
@@ -376,7 +374,7 @@ def resume_recognizer(path: Path, args, meta: dict) -> dict | None:
 def train(args):
     device, rank, world = start_processes(args.device)
     meta, out = read_meta(args.tokens), Path(args.out)
-    if not meta["codebooks"]:
+    if not meta["codebooks"]:               # log-mel, or the codec's latent
         defaults = parse([])
         for name in ("embedding", "aggregate", "codebooks", "codebook_masks", "replace"):
             if getattr(args, name) != getattr(defaults, name):
@@ -431,6 +429,7 @@ def train(args):
             losses.append(loss.detach())
             step += 1
 
+        # Each loss was scaled so that the mean over the processes is that of the whole group.
         loss = torch.stack(losses).mean() / world
         if world > 1:
             dist.all_reduce(loss)
@@ -499,7 +498,7 @@ def parse(arguments=None):
         parser.error("--epochs, --batch and --lr must be above 0")
     if min(args.codebooks, args.time_masks, args.codebook_masks, args.feature_masks, args.replace,
            args.noisy_embedding, args.curriculum) < 0:
-        parser.error("codebooks, masks, --replace, --noisy-embedding, --curriculum: at least 0")
+        parser.error("--codebooks, masks, --replace, --noisy-embedding, --curriculum: at least 0")
     return args
 
 

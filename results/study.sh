@@ -13,7 +13,7 @@ mini=(--corpus mini-librispeech --speeds 0.8 0.9 1.1 1.2 --test ${TEST:-test-cle
 lm=results/mini-librispeech/lm.arpa.gz
 
 codec() {       # NAME, flags: a codec in runs/study/codec-NAME
-    python codec.py --corpus mini-librispeech --quantizer rvq --steps 6000 --batch 16 \
+    python codec.py --corpus mini-librispeech --steps 6000 --batch 16 \
         --out "runs/study/codec-$1" "${@:2}"
 }
 tokens() {      # NAME, CODEC, flags: tokens in runs/study/tokens-NAME
@@ -40,7 +40,7 @@ noise() {       # TOKENS, RUN ...: in noise, on every fourth utterance
 
 case ${1-} in
 mini)           # 45: codec, tokens and log-mel that most runs below use
-    python codec.py --corpus mini-librispeech --quantizer rvq --steps 6000 --batch 16 \
+    python codec.py --corpus mini-librispeech --steps 6000 --batch 16 \
         --out runs/mini/codec
     python tokenize_corpus.py "${mini[@]}" --codec runs/mini/codec/codec.pt --out runs/mini/tokens
     python tokenize_corpus.py "${mini[@]}" --features mel --out runs/mini/mel
@@ -184,6 +184,27 @@ lang-mel)       # 150: 46 languages on log-mel
     ;;
 content)        # 5: what each codebook reveals
     python -m results.study content runs/study/baseline runs/study/fsq --test test-clean
+    ;;
+sound)          # 5: STOI and PESQ of decoded speech; needs pip install pystoi pesq
+    python - results/mini-librispeech/codec.pt runs/study/codec-fsq/codec.pt runs/adversarial/codec.pt <<'END'
+import sys
+from pathlib import Path
+import numpy as np
+from pesq import pesq
+from pystoi import stoi
+from codec import Codec, audio_below, read_audio
+files = audio_below(Path("data/LibriSpeech/test-clean"))
+for path in sys.argv[1:]:
+    codec = Codec.load(path)
+    for codebooks in 8, 4:
+        scores = []
+        for file in files[::len(files) // 20]:
+            wav = read_audio(file)
+            tokens = codec.encode(wav[None])[:, :codebooks]
+            pair = wav.numpy(), codec.decode(tokens)[0, :len(wav)].clamp(-1, 1).numpy()
+            scores.append((stoi(*pair, 16_000), pesq(16_000, *pair, "wb")))
+        print(path, codebooks, "codebooks, STOI and PESQ:", np.mean(scores, 0).round(2))
+END
     ;;
 benchmark)      # 1: speed
     python -m results.study benchmark
