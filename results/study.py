@@ -151,8 +151,7 @@ languages, tiny     tokens, mini-LibriSpeech too    runs/cv/mix                r
 synthetic speech    tokens                          runs/asr                   -
 codecs              time encoder, RVQ               runs/old/codec-time        -
 codecs              time encoder, FSQ               runs/old/codec-time-fsq    -
-content             RVQ                             runs/quick/rvq             -
-content             FSQ                             runs/quick/fsq             -
+content             published codec, RVQ            results/mini-librispeech   -
 """
 
 

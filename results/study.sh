@@ -2,7 +2,8 @@
 # Each run of the study by name, in order: `bash results/study.sh NAME`; without a name, a list.
 # A name stands for one or two hours. The minutes are those of one core of an Intel Xeon with AMX,
 # for both seeds where there are two. Everything goes to runs/; a stopped run continues when it is
-# repeated. Test subsets are those in TEST: TEST="test-clean test-other" bash results/study.sh mini
+# repeated. On a GPU, several run side by side: echo baseline log-mel random | xargs -n 1 -P 3 bash
+# results/study.sh. Test subsets are those in TEST: TEST="test-clean test-other" bash results/study.sh mini
 #
 # All runs of the study are `tiny`, last 12 epochs, and hide nothing (no masks). Runs from before
 # it, among them the published weights, hid ten spans of time of up to 5 % of an utterance, four
