@@ -356,7 +356,7 @@ class Discriminator(nn.Module):
                 n_fft, hop_length=n_fft // 4, power=None, normalized="frame_length",
                 pad_mode="constant")
             layers = [spectrogram, nn.Conv2d(2, 32, (3, 9), padding=(1, 4))]
-            for dilation in (1, 2, 4):
+            for dilation in 1, 2, 4:
                 layers.append(nn.Conv2d(32, 32, (3, 9), stride=(1, 2), padding=(dilation, 4),
                                         dilation=(dilation, 1)))
             layers.append(nn.Conv2d(32, 1, 3, padding=1))
@@ -688,7 +688,7 @@ def train(args):
         unreadable = crops.unreadable | dev_crops.unreadable
         save_skipped(out / "skipped.txt", [*unreadable.values()])
         command = ["python", "tokenize_corpus.py", "--corpus", *args.corpus]
-        for name in ("train", "dev"):
+        for name in "train", "dev":
             if getattr(args, name):
                 command += [f"--{name}", *getattr(args, name)]
         command += ["--codec", str(out / "codec.pt"), "--out", str(out.parent / "tokens")]

@@ -337,7 +337,9 @@ def share_of_peak(step: int, progress: float, warmup: float) -> float:
     leave CTC where it starts, predicting nothing but blanks; short runs take that risk.
     """
     decay = 0.5 + 0.5 * math.cos(math.pi * progress)
-    return decay * min(1.0, (step + 1) / warmup)
+    if step + 1 < warmup:
+        return decay * (step + 1) / warmup
+    return decay
 
 
 def ramp(step: int, args) -> float:
@@ -376,7 +378,7 @@ def train(args):
     meta, out = read_meta(args.tokens), Path(args.out)
     if not meta["codebooks"]:               # log-mel, or the codec's latent
         defaults = parse([])
-        for name in ("embedding", "aggregate", "codebooks", "codebook_masks", "replace"):
+        for name in "embedding", "aggregate", "codebooks", "codebook_masks", "replace":
             if getattr(args, name) != getattr(defaults, name):
                 raise ValueError(f"--{name.replace('_', '-')} has no effect on {meta['features']}")
     # The checkpoint names its codec relative to itself.
