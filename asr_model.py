@@ -4,7 +4,7 @@ in   tokens (B, T, Q), token_len (B,)       or features (B, T, D), such as log-m
 out  log_probs (B, T', V), out_len (B,)     index 0 is the CTC blank
 
 The embedding is the paper's idea: Q tables that start as the codec's codebooks, whose rows add up
-to the quantized latent. So codes that sound alike begin with embeddings that are alike.
+to the quantized latent. Codes that sound alike therefore start with similar embeddings.
 
 Legend: B utterances, T token frames, T' = T / subsampling, Q codebooks, K codes, D codebook width,
 C model width, H heads, V text units.
@@ -24,7 +24,7 @@ SIZES = {
     "small": dict(width=144, layers=6),
     "base": dict(width=256, layers=12),
 }
-HEADS, KERNEL = 4, 15       # of attention; steps of the depthwise convolution
+HEADS, KERNEL = 4, 15       # attention heads; kernel size of the depthwise convolution
 
 
 def real_steps(steps: int, lengths: Tensor) -> Tensor:
@@ -38,12 +38,12 @@ def real_steps(steps: int, lengths: Tensor) -> Tensor:
 class Augment:
     """Damage to the training input, so that the model does not learn a small corpus by heart."""
     time_masks: int = 0             # spans of time hidden, each up to a twentieth of the utterance
-    longest_mask: float = 8.0       # frames, of a time mask
+    longest_mask: float = 8.0       # upper limit on a time mask, in frames
     codebook_masks: int = 0         # codebooks hidden, each for up to half of the utterance
     feature_masks: int = 0          # bands of the embedding (or of log-mel), each up to a third
     replace: float = 0.0            # share of tokens replaced by random codes
-    # Deviation of the noise on the embedding, as a share of the embedding's own. NEFTune (arXiv
-    # 2310.05914) draws from -a to a, with a = alpha / sqrt(T * D), which has the deviation
+    # Standard deviation of the noise on the embedding, as a share of the embedding's own. NEFTune
+    # (arXiv 2310.05914) draws from -a to a, with a = alpha / sqrt(T * D), whose deviation is
     # a / sqrt(3): with T = 400 and D = 32, 0.3 is an alpha of 59.
     noisy_embedding: float = 0.0
     strength: float = 1.0           # 0 to 1: the curriculum's ramp over all of the above

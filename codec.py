@@ -16,8 +16,8 @@ The log lines: `mel` is the distance between log-mel spectrograms of speech and 
 `wave` the mean absolute difference of the waveforms, `quantizer` RVQ's distance from the latent to
 its codes, or FSQ's penalty on correlated dimensions. `usage` is the share of the codes that
 occurred since the last line, `perplexity` the number of equally frequent codes with the same
-entropy. With --adversarial, `adversarial` falls as the discriminator takes more reconstructions for
-speech, and `matching` as its layers respond more alike to both.
+entropy. With --adversarial, `adversarial` falls as the discriminator mistakes more reconstructions
+for speech, and `matching` as its layers respond more alike to both.
 
 wav (B, S) -> encoder -> latent (B, D, T) -> quantizer -> tokens (B, Q, T) -> decoder -> wav (B, S)
 Legend: B utterances, S samples, T token frames, D latent size, Q codebooks, C channels, M bands.
@@ -135,7 +135,8 @@ class MelEncoder(nn.Module):
 class TimeEncoder(nn.Module):
     """wav (B, S) -> latent (B, D, T): SEANet (EnCodec, arXiv 2210.13438) without its LSTM.
 
-    Each stride shortens the time axis and doubles the channels; a residual unit refines the result.
+    Each stride shortens the time axis, and each but the first doubles the channels; between them
+    are residual units.
     SEANet's first convolution and residual unit, at the full sample rate, are left out, because
     they cost the most.
     Four departures let it learn within minutes what a log-mel spectrum gives for free, the energy
@@ -200,7 +201,7 @@ class Decoder(nn.Module):
 
     def __init__(self, dim: int, hop: int, wide: int, blocks: int):
         super().__init__()
-        # Spectrum frames per token frame: the divisor of hop that comes nearest to 100 samples.
+        # Spectrum frames per token frame: the divisor n of hop for which hop / n is nearest to 100.
         self.up = min(range(1, hop + 1), key=lambda n: (hop % n, abs(hop / n - 100)))
         self.spectrum_hop = hop // self.up
         self.n_fft = 4 * self.spectrum_hop
@@ -230,8 +231,8 @@ class Codec(nn.Module):
         tokens = codec.encode(wav)          # (B, S) -> (B, Q, T), T = ceil(S / hop)
         wav = codec.decode(tokens)          # (B, Q, T) -> (B, T * hop)
 
-    All wavs of a call have one length: encode recordings one by one, and no padding can change a
-    token.
+    All wavs in a call must have the same length: encode recordings one by one, and no padding can
+    change a token.
     """
     sample_rate = SAMPLE_RATE
 
@@ -304,7 +305,7 @@ class Codec(nn.Module):
     @torch.inference_mode()
     def decode(self, tokens: Tensor) -> Tensor:
         """tokens (B, n, T), n <= Q -> wav (B, T * hop)."""
-        return self.decoder(self.quantizer.decode(tokens))
+        return self.decoder(self.quantizer.decode(tokens.long()))
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> "Codec":
@@ -448,7 +449,7 @@ def check_same_flags(path: Path, flags: dict, args, free: list[str]):
     for name, now in vars(args).items():
         if name not in free and now != flags[name]:
             raise ValueError(f"{path} was trained with --{name.replace('_', '-')} {flags[name]}, "
-                             f"not {now}: give another --out, or delete it")
+                             f"not {now}: give another --out, or delete {path.parent}")
 
 
 def flag_group(parser: ArgumentParser, title: str) -> Callable:
@@ -512,7 +513,7 @@ def run_stage(stage: Callable, args):
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("\ninterrupted: files that are written are kept; repeat the command to continue",
+        print("\ninterrupted: files already written are kept; repeat the command to continue",
               file=sys.stderr)
         sys.exit(130)
 
@@ -685,8 +686,7 @@ def train(args):
         dev_crops = Crops(dev, 0, 100 * codec.hop, 32)          # 2.5 s each at 40 Hz
         if dev:
             report(Codec.load(out / "codec.pt", device), dev_crops, out)
-        unreadable = crops.unreadable | dev_crops.unreadable
-        save_skipped(out / "skipped.txt", [*unreadable.values()])
+        save_skipped(out / "skipped.txt", [*(crops.unreadable | dev_crops.unreadable).values()])
         command = ["python", "tokenize_corpus.py", "--corpus", *args.corpus]
         for name in "train", "dev":
             if getattr(args, name):
@@ -728,7 +728,7 @@ def reconstruct(args):
 
 # ------------------------------------------------------------- audio and corpora, for all stages
 
-# What soundfile reads, and what it cannot read, but should not pass over in silence.
+# Formats that soundfile reads, and some that it does not read, which are reported, not ignored.
 AUDIO = ".flac .wav .mp3 .ogg .opus .aiff .aif .au .caf .w64".split()
 AUDIO += ".m4a .mp4 .webm .wma .aac .amr .3gp".split()
 # Named corpora: their folder, and their usual subsets. Any other name is a folder.
@@ -774,7 +774,7 @@ def check_wav_size(path: str | Path):
     """libsndfile reads a truncated WAV as a shorter recording."""
     with open(path, "rb") as file:
         kind, size = file.read(4), int.from_bytes(file.read(4), "little")
-    # A size of 2 GiB or more is what programs write that do not know it yet.
+    # Programs that do not know the size yet write 2 GiB or more.
     if kind == b"RIFF" and os.path.getsize(path) < 0.9 * size and size < 0x7f000000:
         raise ValueError(f"{path}: is truncated: its header says {size} bytes")
 
@@ -852,7 +852,7 @@ def audio_files(subsets: dict[str, list[Path]]) -> list[Path]:
 
 def find_audio(folder: Path, subset: str) -> list[Path]:
     """The audio files that the subset's manifest names, or ML-SUPERB's lists, or that lie in the
-    subset's own folder. None if there is no such subset."""
+    subset's own folder. An empty list if there is no such subset."""
     if (folder / f"{subset}.jsonl").is_file():
         rows, _ = read_manifest(folder / f"{subset}.jsonl")
         return [folder / row["audio_filepath"] for row in rows]
@@ -909,7 +909,7 @@ def parse(arguments=None):
     add("--train", [],
         "subsets to train on, if not the usual ones; any folder of audio in --corpus will do")
     add("--dev", [], "subsets to report on, if not the usual ones")
-    add("--crop", 1.0, "seconds of a recording that a step sees")
+    add("--crop", 1.0, "length of each training crop in seconds")
     add = flag_group(parser, "codec")
     add("--encoder", "mel",
         "what the encoder sees: the waveform, or its log-mel spectrogram",
@@ -950,7 +950,7 @@ def parse(arguments=None):
     if args.codebook_size > 32_768:
         parser.error("--codebook-size: at most 32768, as tokens are stored in 16 bits")
     if min(args.strides) < 1 or math.prod(args.strides) % 2:
-        parser.error("--strides: the product must be even")
+        parser.error("--strides: each at least 1, and their product even")
     return args
 
 

@@ -29,6 +29,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import zlib
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from functools import cached_property
@@ -87,7 +88,7 @@ class Recognizer:
 
     @cached_property
     def front_end(self) -> FrontEnd:
-        """What made its tokens. Raises ValueError when the given codec is a different one."""
+        """What made the training tokens. Raises ValueError when the given codec is another one."""
         features, hop = self.meta["features"], self.meta["hop"]
         front_end = FrontEnd(features, self.codec, hop, str(self.device))
         check_same_tokens(self.path, self.meta, self.codec, front_end.meta)
@@ -161,8 +162,8 @@ def arpa_words(lm: str) -> list[str]:
         unigrams = itertools.takewhile(lambda line: not line.startswith("\\2-grams"), arpa)
         try:
             return re.findall(r"^\S+\t(\S+)", "".join(unigrams), re.MULTILINE)
-        except EOFError:
-            raise ValueError(f"--lm {lm}: is truncated")
+        except (EOFError, zlib.error):
+            raise ValueError(f"--lm {lm}: is damaged")
 
 
 # ----------------------------------------------------------------------------------------- scoring
@@ -234,7 +235,7 @@ def interval(rates: np.ndarray) -> list[float]:
 # ----------------------------------------------------------------------------------------- picture
 
 def plot_utterance(recognizer: Recognizer, audio: Path, text: str, path: Path):
-    """Waveform, log-mel, and tokens with the text units read from them, under one time axis."""
+    """Waveform, log-mel, and tokens with the text units read from them, on a shared time axis."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -296,7 +297,7 @@ def remarks(score: Score, summary: dict) -> str:
         page = f"CER by language, mean {np.mean([*cers.values()]):.1%}: "
         page += ", ".join(f"{lang} {cer:.1%}" for lang, cer in cers.items()) + "\n"
     if "languages_named_right" in summary:
-        page += f"languages named right: {summary['languages_named_right']:.1%}\n"
+        page += f"languages identified correctly: {summary['languages_named_right']:.1%}\n"
     for i in range(0, len(score.refs), -(-len(score.refs) // 5)):
         page += f"\n    ref  {score.refs[i]}\n    hyp  {score.hyps[i][1]}\n"
     return page
@@ -313,8 +314,8 @@ def conditions(run: Recognizer, data: TokenSet, args) -> Iterator[tuple]:
 
 
 def load(path: str | Path, args) -> Recognizer:
-    names = "device", "lm", "codec", "beam", "lm_weight", "word_score", "prior_weight"
-    return Recognizer(path, **{name: getattr(args, name) for name in names})
+    return Recognizer(path, args.device, args.lm, args.codec, args.beam, args.lm_weight,
+                      args.word_score, args.prior_weight)
 
 
 def evaluate(args):
@@ -397,14 +398,14 @@ def parse(arguments=None):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = flag_group(parser, "recognizer, and what to recognize")
     add("--asr", "runs/asr/asr.pt", "a recognizer, or its folder")
-    add("--test", [], "subsets to evaluate, if not those of the tokens")
+    add("--test", [], "subsets to evaluate, if not the test subsets of the token folder")
     add("--tokens", None, "folder of tokens; the one it was trained on unless given")
     add("--compare", [],
         "recognizers or their folders: one table of all, against the first", metavar="RUN")
     add("--noise", [], "also evaluate in noise: white, pink, babble, or folders of audio")
     add("--snr", [20.0, 10.0, 0.0], "signal-to-noise ratios in dB", type=float)
     add("--audio", [], "transcribe these files and folders instead")
-    add("--codec", None, "codec for --audio and --noise, if the one that it names has moved")
+    add("--codec", None, "codec for --audio and --noise, if the one that --asr names has moved")
     add("--plots", False,
         "also draw each file of --audio, with its tokens and letters (needs matplotlib)")
     add = flag_group(parser, "beam search with a language model")

@@ -92,6 +92,7 @@ class ResidualVQ(nn.Module):
         for level, index in enumerate(tokens.transpose(0, 1).flatten(1)):   # (N,)
             code = F.embedding(index, self.embed[level])                    # (N, D)
             active = level < depth                  # (N,) does this utterance use this level?
+            # What is left over, as in `residual`, but with a gradient to the frames.
             error = (frames - quantized - code).square().mean(1)            # (N,)
             loss = loss + (error * active).sum() / active.sum().clamp(min=1)
             if self.training and self.learning:
@@ -200,7 +201,8 @@ class GroupFSQ(nn.Module):
         self.num_codebooks, self.codebook_size = num_groups, prod(levels)
         self.dim = num_groups * len(levels)
         sizes = torch.tensor(levels)
-        # Index of a code in mixed radix: a digit counts the product of the levels before it.
+        # Index of a code in mixed radix: the place value of a digit is the product of the levels
+        # before it.
         self.register_buffer("basis", sizes.cumprod(0) // sizes, persistent=False)
         self.register_buffer("levels", sizes, persistent=False)
 
@@ -231,7 +233,7 @@ class GroupFSQ(nn.Module):
     def digits(self, latent: Tensor) -> Tensor:
         """(B, D, T) -> (B, T, Q, d): numbers in 0 .. levels - 1, not yet rounded.
 
-        tanh squashes to (-half, half); an even number of levels is shifted by a half, so that
+        tanh squashes to (-half, half); an even number of levels is shifted by 0.5, so that
         rounding gives exactly that many values (Mentzer et al., section 3.1).
         """
         groups = latent.float().transpose(1, 2).unflatten(2, (self.num_codebooks, -1))
@@ -254,7 +256,8 @@ class GroupFSQ(nn.Module):
 
 
 def redundancy(latent: Tensor) -> Tensor:
-    """Mean squared correlation between different dimensions of the latent: (B, D, T) -> ().
+    """Squared correlation between different dimensions of the latent, summed over the pairs and
+    divided by D * D: (B, D, T) -> ().
 
     Without this term, FSQ's groups become redundant: 8 of 32 principal components held most of
     the variance. No published recipe that we know of has this term.

@@ -81,8 +81,8 @@ def read_subset(folders: list[Path], subset: str) -> tuple[list[Utterance], list
                     raise ValueError("no such file")
                 seconds = sf.info(item.audio).duration
                 if 0 < item.duration < 0.8 * seconds:
-                    raise ValueError(f"its row is a part of {seconds:.1f} s: save that part as a "
-                                     f"file of its own")
+                    raise ValueError(f"its row covers only part of {seconds:.1f} s: save that part "
+                                     f"as a file of its own")
                 kept[item.id] = item._replace(duration=seconds)
             except (ValueError, TypeError, ZeroDivisionError, OSError, RuntimeError) as error:
                 skipped.append(f"{item.audio}: {str(error).splitlines()[0]}")
@@ -113,7 +113,7 @@ def read_rows(manifest: Path, skipped: list[str]) -> Iterator[Utterance]:
     for row in rows:
         audio = Path(row["audio_filepath"])
         if row.get("offset"):
-            skipped.append(f"{manifest.parent / audio}: its row is only part of the file: save "
+            skipped.append(f"{manifest.parent / audio}: its row covers only part of the file: save "
                            f"that part as a file of its own")
         elif "text" not in row:
             skipped.append(f"{manifest}: {audio} has {', '.join(row)}, but no text")
@@ -258,7 +258,7 @@ class FrontEnd:
 def read_utterance(noise: Noise, item: Utterance) -> np.ndarray | str:
     """-> wav (S,), at its speed and with its noise, or why it cannot be read.
 
-    An array, as a tensor that is on its way from another process makes Ctrl-C end in a traceback.
+    An array, because a tensor in transit between processes makes Ctrl-C end in a traceback.
     """
     try:
         wav = read_audio(item.audio)
@@ -288,7 +288,7 @@ def check_folder(out: Path, meta: dict):
     if not (out / "meta.json").exists() or not arrays:
         return
     before = json.loads((out / "meta.json").read_text("utf-8"))
-    for name in ("features", "codec", "hop", "corpus", "noise", "snr", "seed"):
+    for name in "features", "codec", "hop", "corpus", "noise", "snr", "seed":
         if before[name] != meta[name]:
             raise ValueError(f"{out} holds tokens with {name} {before[name]}, not {meta[name]}: "
                              f"give another --out, or delete it")
@@ -315,7 +315,7 @@ def list_subset(out: Path, subset: str, utterances: list[Utterance], skipped: li
     for item in utterances:
         array = out / subset / f"{item.id}.npy"
         if not array.exists():
-            skipped.append(str(read_utterance(noise, item)))        # says again why not
+            skipped.append(str(read_utterance(noise, item)))        # again, as it says why not
             continue
         rows.append(item._asdict() | {
             "audio": str(item.audio.resolve()), "duration": round(item.duration, 3),
@@ -384,7 +384,7 @@ def parse(arguments=None):
         "tokens, or what they are compared with: the codec's latent, log-mel",
         choices=("tokens", "latent", "mel"))
     add("--hop", 400,
-        "samples per frame of log-mel: 400 = 40 Hz, as the tokens; 160 = the usual 10 ms")
+        "samples per frame of log-mel: 400 = 40 Hz, like the tokens; 160 = the usual 10 ms")
     add = flag_group(parser, "copies of the train subsets")
     add("--speeds", [], "copies at these speeds, such as 0.9 1.1", type=float)
     add("--noise", [], "copies in noise: white, pink, babble, or folders of audio")

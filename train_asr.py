@@ -168,8 +168,8 @@ class TrainSet(TokenSet):
                 (noisy if row["noisy"] else clean).append(i)
             else:
                 dropped.append(row["id"])
-        self.notes = (f"dropped: {len(dropped)} utterances too short for their transcripts at this "
-                      f"frame rate, or longer than {LONGEST:g} s {dropped[:3] or ''}")
+        self.notes = (f"dropped: {len(dropped)} utterances and copies with too few frames for "
+                      f"their text, or longer than {LONGEST:g} s {dropped[:3] or ''}")
         if not self.variants:
             raise ValueError(f"{args.tokens}: nothing to train on; {self.notes}")
 
@@ -318,10 +318,10 @@ def dev_error_rates(model: CodecASR, dev: TokenSet, units, frames: int, device) 
 def unit_prior(model: CodecASR, data: TrainSet, device) -> Tensor:
     """Log of the mean probability of each unit on 100 training utterances or copies: (V,).
 
-    CTC's posteriors contain it, above all that of the blank; a beam search divides by it, as its
-    language model knows how frequent words are.
+    CTC's posteriors contain it, above all that of the blank; a beam search divides by a power
+    of it, as its language model knows how frequent words are.
     """
-    kept = [i for variants in data.variants.values() for i in sum(variants, [])]
+    kept = [i for clean, noisy in data.variants.values() for i in clean + noisy]
     some = np.random.default_rng(0).permutation(kept)[:100]
     total = sum(log_probs.exp().sum(0)
                 for _, log_probs in outputs(model, data, some, data.frames, device))
@@ -349,7 +349,7 @@ def ramp(step: int, args) -> float:
 
 def check_same_tokens(path: str | Path, trained: dict, tokens: str | Path, found: dict, more=()):
     """A recognizer reads only what it was trained on: the same features of the same codec."""
-    for name in ("features", "codec", "hop", "codebooks", *more):
+    for name in "features", "codec", "hop", "codebooks", *more:
         if trained[name] != found[name]:
             raise ValueError(f"{path} was trained on {name} {trained[name]}, but {tokens} holds "
                              f"{found[name]}: give its own tokens or codec, or another run")
@@ -401,7 +401,7 @@ def train(args):
         print(f"recognizer: {parameters:.1f} M parameters, {len(data.units)} {args.units} units; "
               f"{len(data.variants)} utterances, {len(data.rows)} with copies; epoch "
               f"{first} of {args.epochs} on {device}", data.notes, sep="\n")
-    # The longest batch, the last of epoch 0, comes first, so that a lack of memory shows now.
+    # The longest batch, the last of epoch 0, comes first, so that running out of memory shows now.
     ctc_loss(model, data, data.epoch(0, 1.0)[-1][::world], device).backward()
     model.zero_grad()
 

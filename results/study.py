@@ -46,6 +46,9 @@ STUDY_FILE = Path(__file__).with_name("study.json")
 STUDY = """
 headline            tokens: against log-mel         runs/headline/asr          runs/headline/asr-mel
 headline            log-mel                         runs/headline/asr-mel      -
+language model      tokens: with the units' prior   runs/prior                 runs/headline/asr
+README's run        tokens: against log-mel         runs/quick/asr             runs/quick/asr-mel
+README's run        log-mel                         runs/quick/asr-mel         -
 quick run           tokens: against log-mel         runs/quick/masks           runs/quick/masks-mel
 quick run           log-mel                         runs/quick/masks-mel       -
 embedding tables    start as codebooks              runs/study/baseline        -
