@@ -47,8 +47,8 @@ STUDY = """
 headline            tokens: against log-mel         runs/headline/asr          runs/headline/asr-mel
 headline            log-mel                         runs/headline/asr-mel      -
 language model      tokens: with the units' prior   runs/prior                 runs/headline/asr
-README's run        tokens: against log-mel         runs/quick/asr             runs/quick/asr-mel
-README's run        log-mel                         runs/quick/asr-mel         -
+README's run        tokens                          runs/quick/asr             -
+README's run        log-mel: against tokens         runs/quick/asr-mel         runs/quick/asr
 quick run           tokens: against log-mel         runs/quick/masks           runs/quick/masks-mel
 quick run           log-mel                         runs/quick/masks-mel       -
 embedding tables    start as codebooks              runs/study/baseline        -
