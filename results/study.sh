@@ -190,7 +190,11 @@ half)           # 0: half FOLDER makes a subset test-half of our speakers in its
 content)        # 5: what each codebook reveals
     python -m results.study content runs/study/baseline runs/study/fsq --test test-clean
     ;;
-sound)          # 5: STOI and PESQ of decoded speech; needs pip install pystoi pesq
+sound)          # 10: STOI and PESQ of decoded speech; needs pip install pystoi pesq, and fsq
+    mkdir -p runs/adversarial
+    cp -n results/mini-librispeech/codec.pt runs/adversarial/
+    python codec.py --corpus mini-librispeech --adversarial --steps 400 --batch 4 --crop 0.25 \
+        --lr 0.0003 --out runs/adversarial
     python - results/mini-librispeech/codec.pt runs/study/codec-fsq/codec.pt runs/adversarial/codec.pt <<'END'
 import sys
 from pathlib import Path
