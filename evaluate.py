@@ -241,7 +241,7 @@ def plot_utterance(recognizer: Recognizer, audio: Path, text: str, path: Path):
     except ImportError:
         raise ValueError("--plots needs pip install matplotlib")
     wav = read_audio(audio)
-    array = torch.from_numpy(recognizer.front_end(wav))                   # (T, Q)
+    array = torch.from_numpy(recognizer.front_end(wav))                     # (T, Q)
     end, best = len(wav) / SAMPLE_RATE, recognizer.log_probs(array)[0].argmax(1)        # (T',)
     fig = Figure(figsize=(12, 7), dpi=80, layout="constrained")
     fig.suptitle(f"recognized: {text}")

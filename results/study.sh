@@ -2,12 +2,15 @@
 # Each run of the study by name, in order: `bash results/study.sh NAME`; without a name, a list.
 # A name stands for one or two hours. The minutes are those of one core of an Intel Xeon with AMX,
 # for both seeds where there are two. Everything goes to runs/; a stopped run continues when it is
-# repeated. On a GPU, several run side by side: echo baseline log-mel random | xargs -n 1 -P 3 bash
-# results/study.sh. Test subsets are those in TEST: TEST="test-clean test-other" bash results/study.sh mini
+# repeated. On a GPU, several can run side by side:
+#     echo baseline log-mel random | xargs -n 1 -P 3 bash results/study.sh
+# The variable TEST names other test subsets:
+#     TEST="test-clean test-other" bash results/study.sh mini
 #
-# But for headline, quick and lang, all runs are `tiny`, last 12 epochs, and hide nothing (no masks). Runs from before
-# it, among them the published weights, hid ten spans of time of up to 5 % of an utterance, four
-# codebooks and two bands. Spans are now at most 0.2 s long, so these cannot be repeated exactly.
+# Except for headline, quick and lang, all runs are `tiny`, last 12 epochs, and hide nothing (no
+# masks). Older runs, among them the published weights, hid ten spans of time of up to 5 % of an
+# utterance, four codebooks and two bands. Spans are now at most 0.2 s long, so these runs cannot be
+# repeated exactly.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mini=(--corpus mini-librispeech --speeds 0.8 0.9 1.1 1.2 --test ${TEST:-test-clean})
