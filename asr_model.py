@@ -10,7 +10,8 @@ Legend: B utterances, T token frames, T' = T / subsampling, Q codebooks, K codes
 C model width, H heads, V text units.
 
 Dhawan et al., arXiv 2407.03495, section 3. Conformer: Gulati et al., arXiv 2005.08100; that its
-output is CTC is our choice. Rotary positions: Su et al., arXiv 2104.09864.
+output is CTC is our choice. Rotary positions: Su et al., arXiv 2104.09864. Self-conditioned CTC:
+Nozaki and Komatsu, arXiv 2104.02724.
 """
 
 from dataclasses import dataclass
@@ -19,11 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SIZES = {
-    "tiny": dict(width=96, layers=4),
-    "small": dict(width=144, layers=6),
-    "base": dict(width=256, layers=12),
-}
+SIZES = {"tiny": (96, 4), "small": (144, 6), "base": (256, 12)}     # width, number of blocks
 HEADS, KERNEL = 4, 15       # attention heads; kernel size of the depthwise convolution
 
 
@@ -167,14 +164,14 @@ class ConformerBlock(nn.Module):
         self.before, self.after = feed_forward(width), feed_forward(width)
         self.attention = Attention(width)
         self.convolution = Convolution(width)
-        self.norm = nn.LayerNorm(width)
+        self.norm, self.drop = nn.LayerNorm(width), nn.Dropout(0.1)
 
     def forward(self, y: Tensor, real: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """y (B, T, C), real (B, T) -> (B, T, C)."""
-        y = y + 0.5 * self.before(y)
-        y = y + self.attention(y, real[:, None, None], cos, sin)
-        y = y + self.convolution(y, real[:, :, None])
-        y = y + 0.5 * self.after(y)
+        y = y + 0.5 * self.drop(self.before(y))
+        y = y + self.drop(self.attention(y, real[:, None, None], cos, sin))
+        y = y + self.drop(self.convolution(y, real[:, :, None]))
+        y = y + 0.5 * self.drop(self.after(y))
         return self.norm(y)
 
 
@@ -190,7 +187,7 @@ class CodecASR(nn.Module):
                  dim: int = 32, aggregate: str = "sum", size: str = "small", subsampling: int = 1):
         """num_codebooks 0: the input is features (B, T, dim). subsampling: 1, 2 or 4."""
         super().__init__()
-        width, layers = SIZES[size]["width"], SIZES[size]["layers"]
+        width, layers = SIZES[size]
         self.num_codebooks, self.head_dim, self.augment = num_codebooks, width // HEADS, Augment()
         if num_codebooks:
             self.embedding = TokenEmbedding(num_codebooks, codebook_size, dim, aggregate)
@@ -207,6 +204,7 @@ class CodecASR(nn.Module):
             self.subsample.append(layer)
         self.blocks = nn.ModuleList(ConformerBlock(width) for _ in range(layers))
         self.output = nn.Linear(width, vocab_size)
+        self.feedback = nn.Linear(vocab_size, width)
 
     @torch.no_grad()
     def start_from(self, tables: Tensor | None, sample: Tensor):
@@ -237,8 +235,13 @@ class CodecASR(nn.Module):
         emb = (emb - self.mean) / self.deviation
         return self.augment.hide(emb, token_len) if self.training else emb
 
-    def forward(self, tokens: Tensor, token_len: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens (B, T, Q) or features (B, T, D), token_len (B,) -> log_probs, out_len (B,)."""
+    def forward(self, tokens: Tensor, token_len: Tensor,
+                halfway: bool = False) -> tuple[Tensor, Tensor]:
+        """tokens (B, T, Q) or features (B, T, D), token_len (B,) -> log_probs, out_len (B,).
+
+        Self-conditioned CTC: the second half of the blocks also reads what the first half predicts.
+        halfway: log_probs (2, B, T', V), after half of the blocks and after all; both are trained.
+        """
         y, out_len = self.project(self.embed(tokens, token_len)), token_len         # (B, T, C)
         for layer in self.subsample:
             y = y * real_steps(y.shape[1], out_len)[:, :, None]
@@ -246,9 +249,14 @@ class CodecASR(nn.Module):
             out_len = (out_len + 1) // 2
         real = real_steps(y.shape[1], out_len)                                      # (B, T')
         cos, sin = self.angles(y.shape[1], y.device)
-        for block in self.blocks:
-            y = block(y, real, cos, sin)
-        return self.output(y).float().log_softmax(-1), out_len
+        half, log_probs = len(self.blocks) // 2, []
+        for blocks in self.blocks[:half], self.blocks[half:]:
+            if log_probs:
+                y = y + self.feedback(log_probs[0].exp())
+            for block in blocks:
+                y = block(y, real, cos, sin)
+            log_probs.append(self.output(y).float().log_softmax(-1))            # (B, T', V)
+        return torch.stack(log_probs) if halfway else log_probs[1], out_len
 
     def angles(self, steps: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin of the rotary angles: (T', C / H / 2) each."""

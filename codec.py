@@ -444,10 +444,12 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
     raise ValueError(f"{path}: damaged, or not a {kind} checkpoint of this project")
 
 
-def check_same_flags(path: Path, flags: dict, args, free: list[str]):
-    """A run resumes only with the flags it began with, except for those that are free."""
+def check_same_flags(path: Path, flags: dict, args, *free: str):
+    """A run resumes only with the flags it began with, except for those that are free; --steps and
+    --epochs may grow."""
     for name, now in vars(args).items():
-        if name not in free and now != flags[name]:
+        grown = name in ("steps", "epochs") and now > flags[name]
+        if now != flags[name] and not grown and name not in ("device", "out", *free):
             raise ValueError(f"{path} was trained with --{name.replace('_', '-')} {flags[name]}, "
                              f"not {now}: give another --out, or delete {path.parent}")
 
@@ -589,22 +591,19 @@ def log_row(recent: list[tuple], codebook_size: int) -> dict:
 def resume_codec(out: Path, args) -> dict | None:
     """The state to continue from, if any.
 
-    A run resumes only with the flags it began with, but --steps may grow. `--adversarial` on a
-    codec that was finished without it trains its decoder alone, in a new run with its own --steps,
-    --batch and so on.
+    `--adversarial` on a codec that was finished without it trains its decoder alone, in a new run
+    with its own --steps, --batch and so on.
     """
     # A published codec comes without its resume.pt.
     found = [path for path in (out / "resume.pt", out / "codec.pt") if path.exists()]
     if not found:
         return None
     saved = load_checkpoint(found[0], "codec")
-    flags, free = saved["flags"], ["device", "out", "reconstruct", "codec"]
+    flags, free = saved["flags"], ["reconstruct", "codec"]
     if args.adversarial and not flags["adversarial"] and saved["step"] == flags["steps"]:
         saved |= {"decoder_only": True, "step": 0, "log": [], "optimizers": []}
         free += ["adversarial", "corpus", "train", "dev", "steps", "batch", "crop", "lr", "seed"]
-    if args.steps > flags["steps"]:
-        free.append("steps")
-    check_same_flags(found[0], flags, args, free)
+    check_same_flags(found[0], flags, args, *free)
     return saved
 
 
@@ -729,8 +728,8 @@ def reconstruct(args):
 # ------------------------------------------------------------- audio and corpora, for all stages
 
 # Formats that soundfile reads, and some that it does not read, which are reported, not ignored.
-AUDIO = ".flac .wav .mp3 .ogg .opus .aiff .aif .au .caf .w64".split()
-AUDIO += ".m4a .mp4 .webm .wma .aac .amr .3gp".split()
+AUDIO = (".flac .wav .mp3 .ogg .opus .aiff .aif .au .caf .w64 "
+         ".m4a .mp4 .webm .wma .aac .amr .3gp").split()
 # Named corpora: their folder, and their usual subsets. Any other name is a folder.
 CORPORA = {
     "synthetic": ("data/synthetic", {"train": ["train"], "dev": ["dev"], "test": ["test"]}),

@@ -80,11 +80,9 @@ class Recognizer:
         self.model.to(self.device).eval()
         # codec_path is relative to the checkpoint.
         self.codec = codec or self.path.parent / self.meta["codec_path"]
-        # Checkpoints written before the prior was stored have none.
+        # A checkpoint without a prior is decoded without the correction.
         self.prior = prior_weight * saved.get("log_prior", torch.zeros(len(self.units)))
-        self.beam_search = None
-        if lm:
-            self.beam_search = beam_search(self.units, lm, beam, lm_weight, word_score)
+        self.beam_search = lm and beam_search(self.units, lm, beam, lm_weight, word_score)
 
     @cached_property
     def front_end(self) -> FrontEnd:
@@ -137,7 +135,7 @@ def beam_search(units: SentencePieceProcessor, lm: str, beam: int, lm_weight: fl
         raise ValueError("--lm: the beam search needs pip install flashlight-text")
     pieces = [units.id_to_piece(i) for i in range(len(units))]
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as lexicon:
-        for word in tqdm(arpa_words(lm), "reading the language model", leave=False, disable=None):
+        for word in arpa_words(lm):
             if word[0] != "<" and 0 not in units.encode(word):
                 print(word, *units.encode(word, out_type=str), file=lexicon)
         if not lexicon.tell():
@@ -257,8 +255,7 @@ def plot_utterance(recognizer: Recognizer, audio: Path, text: str, path: Path):
         piece = recognizer.units.id_to_piece(int(best[t])).strip("\u2581")
         axes[2].text((t + 0.5) / len(best), height, piece, ha="center",
                      transform=axes[2].transAxes)
-    features = "codebook" if recognizer.meta["codebooks"] else recognizer.meta["features"]
-    for axis, label in zip(axes, ("amplitude", "mel band", features)):
+    for axis, label in zip(axes, ("amplitude", "mel band", recognizer.meta["features"])):
         axis.set(ylabel=label, xlim=(0, end))
     axes[2].set_xlabel("seconds")
     path.parent.mkdir(parents=True, exist_ok=True)

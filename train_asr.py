@@ -189,16 +189,18 @@ class TrainSet(TokenSet):
 def make_optimizers(model: CodecASR, args) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for the rest; each group of parameters keeps its
     peak learning rate as `peak`."""
-    groups = {"matrices": [], "tables": [], "others": []}
+    matrices, tables, others = [], [], []
     for name, parameter in model.named_parameters():
-        matrix = "blocks" in name and parameter.ndim == 2
-        kind = "matrices" if matrix else "tables" if "tables" in name else "others"
-        groups[kind].append(parameter)
+        if "blocks" in name and parameter.ndim == 2:
+            matrices.append(parameter)
+        elif "tables" in name:
+            tables.append(parameter)
+        else:
+            others.append(parameter)
     # Tables that start as codebooks generalize better when they change slowly.
-    slow = {"params": groups["tables"], "peak": 0.1 * args.lr}
-    others = {"params": groups["others"], "peak": args.lr}
-    return [Muon(groups["matrices"], 2.5 * args.lr),
-            torch.optim.AdamW([others, slow], betas=(0.9, 0.98), fused=True)]
+    return [Muon(matrices, 2.5 * args.lr), torch.optim.AdamW([
+        {"params": others, "peak": args.lr}, {"params": tables, "peak": 0.1 * args.lr},
+    ], betas=(0.9, 0.98), fused=True)]
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
@@ -280,18 +282,20 @@ def start_model(args, meta: dict, data: TrainSet) -> CodecASR:
 
 
 def ctc_loss(net: nn.Module, data: TrainSet, group: list[int], device: torch.device) -> Tensor:
-    """Nats, summed over the utterances of the group."""
+    """(2,): nats, summed over the group's utterances; after half of the blocks, and after all."""
     tokens, token_len = data.take(group, device)
     targets, dtype = [data.targets[i] for i in group], fast_dtype(device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        log_probs, _ = net(tokens, token_len)                               # (B, T', V)
+        log_probs, _ = net(tokens, token_len, halfway=True)             # (2, B, T', V)
     if device.type == "mps":                        # for which torch has no CTC
         log_probs = log_probs.cpu()
     # The lengths stay on the CPU: fetched from a GPU, they would make each step wait for it.
     out_len = torch.tensor([data.out_len[i] for i in group])
     target_len = torch.tensor([len(target) for target in targets])
-    return F.ctc_loss(log_probs.transpose(0, 1), torch.cat(targets).to(log_probs.device),
-                      out_len, target_len, reduction="sum")
+    targets = torch.cat(targets).to(log_probs.device)
+    return torch.stack([
+        F.ctc_loss(each.transpose(0, 1), targets, out_len, target_len, reduction="sum")
+        for each in log_probs])
 
 
 @torch.inference_mode()
@@ -315,16 +319,14 @@ def dev_error_rates(model: CodecASR, dev: TokenSet, units, frames: int, device) 
     return {"dev_wer": jiwer.wer(refs, hyps), "dev_cer": jiwer.cer(refs, hyps)}
 
 
-def unit_prior(model: CodecASR, data: TrainSet, device) -> Tensor:
-    """Log of the mean probability of each unit on 100 training utterances or copies: (V,).
+def unit_prior(model: CodecASR, data: TrainSet, which: list[int], device) -> Tensor:
+    """Log of the mean probability of each unit on some training utterances: (V,).
 
     CTC's posteriors contain it, above all that of the blank; a beam search divides by a power
     of it, as its language model knows how frequent words are.
     """
-    kept = [i for clean, noisy in data.variants.values() for i in clean + noisy]
-    some = np.random.default_rng(0).permutation(kept)[:100]
     total = sum(log_probs.exp().sum(0)
-                for _, log_probs in outputs(model, data, some, data.frames, device))
+                for _, log_probs in outputs(model, data, which, data.frames, device))
     return (total / total.sum()).log()
 
 
@@ -336,10 +338,7 @@ def share_of_peak(step: int, progress: float, warmup: float) -> float:
     progress: share of the training that is done, 0 to 1. A warm-up of less than 1,000 steps can
     leave CTC where it starts, predicting nothing but blanks; short runs take that risk.
     """
-    decay = 0.5 + 0.5 * math.cos(math.pi * progress)
-    if step + 1 < warmup:
-        return decay * (step + 1) / warmup
-    return decay
+    return min(1, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * progress))
 
 
 def ramp(step: int, args) -> float:
@@ -356,20 +355,16 @@ def check_same_tokens(path: str | Path, trained: dict, tokens: str | Path, found
 
 
 def resume_recognizer(path: Path, args, meta: dict) -> dict | None:
-    """The state of a run that began with the same flags, codec, corpus and noise; --epochs may
-    grow."""
+    """The state of a run that began with the same flags, codec, corpus and noise."""
     if not path.exists():
         if path.with_name("asr.pt").exists():
             raise ValueError(f"{path.parent} holds an asr.pt without its resume.pt: give another "
                              f"--out")
         return None
     saved = load_checkpoint(path, "asr")
-    free = ["device", "out", "tokens"]
-    if args.epochs > saved["flags"]["epochs"]:
-        free.append("epochs")
-    check_same_flags(path, saved["flags"], args, free)
-    names = ["corpus", "train", "dev", "noise", "snr", "seed"]
-    check_same_tokens(path, saved["meta"], args.tokens, meta, names)
+    check_same_flags(path, saved["flags"], args, "tokens")
+    check_same_tokens(path, saved["meta"], args.tokens, meta,
+                      more=["corpus", "train", "dev", "noise", "snr", "seed"])
     return saved
 
 
@@ -402,7 +397,7 @@ def train(args):
               f"{len(data.variants)} utterances, {len(data.rows)} with copies; epoch "
               f"{first} of {args.epochs} on {device}", data.notes, sep="\n")
     # The longest batch, the last of epoch 0, comes first, so that running out of memory shows now.
-    ctc_loss(model, data, data.epoch(0, 1.0)[-1][::world], device).backward()
+    ctc_loss(model, data, data.epoch(0, 1.0)[-1][::world], device).sum().backward()
     model.zero_grad()
 
     for epoch in range(first, args.epochs):
@@ -420,15 +415,16 @@ def train(args):
             # A group smaller than the number of processes goes whole to all of them.
             mine, scale = (group[rank::world], world) if len(group) >= world else (group, 1)
             units = sum(len(data.targets[i]) for i in group)
-            loss = ctc_loss(net, data, mine, device) / units * scale        # DDP averages gradients
-            loss.backward()
+            # DDP averages the gradients.
+            halfway, whole = ctc_loss(net, data, mine, device) / units * scale
+            (0.3 * halfway + 0.7 * whole).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 for part in optimizer.param_groups:
                     part["lr"] = part["peak"] * rate
                 optimizer.step()
                 optimizer.zero_grad()
-            losses.append(loss.detach())
+            losses.append(whole.detach())
             step += 1
 
         # Each loss was scaled so that the mean over the processes is that of the whole group.
@@ -449,13 +445,12 @@ def train(args):
         log.append(row)
         state = {"kind": "asr", "flags": vars(args), "meta": meta, "log": log,
                  "text": data.units.serialized_model_proto(), "model": model.state_dict(),
-                 "log_prior": unit_prior(model, data, device)}
+                 "log_prior": unit_prior(model, data, sum(groups[:30], []), device)}
         save_run(out, state, epoch=epoch + 1, step=step,
                  optimizers=[optimizer.state_dict() for optimizer in optimizers])
     if rank == 0:
-        command = ["python", "evaluate.py", "--asr", str(out), "--out", str(out / "eval")]
-        print(f"wrote {out / 'asr.pt'} (dev CER {log[-1]['dev_cer']:.1%}); next: "
-              f"{shlex.join(command)}")
+        print(f"wrote {out / 'asr.pt'} (dev CER {log[-1]['dev_cer']:.1%}); next: python "
+              f"evaluate.py --asr {shlex.quote(str(out))} --out {shlex.quote(str(out / 'eval'))}")
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -488,7 +483,7 @@ def parse(arguments=None):
     add("--vocab-size", 256, "number of text units, with unigram or bpe")
     add("--lang-token", False, "begin transcripts with a token of the language")
     add = flag_group(parser, "training")
-    add("--epochs", 25, "passes over the training utterances")
+    add("--epochs", 20, "passes over the training utterances")
     add("--batch", 40.0, "seconds of speech per step, in all processes")
     add("--lr", 0.003, "peak learning rate; Muon takes 2.5 times as much, the tables a tenth")
     add_common_flags(parser, "runs/asr")

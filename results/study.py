@@ -46,7 +46,11 @@ STUDY_FILE = Path(__file__).with_name("study.json")
 STUDY = """
 headline            tokens: against log-mel         runs/headline/asr          runs/headline/asr-mel
 headline            log-mel                         runs/headline/asr-mel      -
-language model      tokens: with the units' prior   runs/prior                 runs/headline/asr
+older recipe        tokens: against log-mel         runs/old/headline          runs/old/headline-mel
+older recipe        log-mel                         runs/old/headline-mel      -
+older recipe        tokens, with the units' prior   runs/prior                 runs/old/headline
+recipe              tokens: against the older one   runs/headline/asr          runs/old/headline
+recipe              log-mel: against the older one  runs/headline/asr-mel      runs/old/headline-mel
 README's run        tokens                          runs/quick/asr             -
 README's run        log-mel: against tokens         runs/quick/asr-mel         runs/quick/asr
 quick run           tokens: against log-mel         runs/quick/masks           runs/quick/masks-mel
@@ -113,7 +117,7 @@ bits                256 codes in each codebook      runs/old/256               r
 bits                4,096 codes in each codebook    runs/old/4096              runs/old/baseline
 bits                80 frames per second            runs/old/80hz              runs/old/baseline
 bits                log-mel                         runs/old/log-mel           -
-steps of the codec  12,000, headline                runs/headline/asr-12k      runs/headline/asr
+steps of the codec  12,000, older headline          runs/old/headline-12k      runs/old/headline
 steps of the codec  12,000, quick run               runs/quick/rvq-12k         runs/quick/rvq
 steps of the codec  12,000, 6 epochs                runs/old/steps-12000       runs/old/xeon
 codec               mel encoder, FSQ                runs/quick/fsq             runs/quick/rvq
