@@ -644,10 +644,9 @@ def train(args):
     codec_net, discriminator_net = nets
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        parameters = sum(p.numel() for p in codec.parameters()) / 1e6
         print(f"codec: {args.encoder} encoder, {args.quantizer}, {codec.frame_rate:g} Hz, "
-              f"{codec.bitrate / 1000:.1f} kbit/s, {parameters:.1f} M parameters; "
-              f"{len(files)} files; step {start} of {args.steps} on {device}")
+              f"{codec.bitrate / 1000:.1f} kbit/s; {len(files)} files; step {start} of "
+              f"{args.steps} on {device}")
 
     recent = []                         # losses and tokens since the last checkpoint
     with ThreadPoolExecutor(1) as reader:
@@ -728,8 +727,8 @@ def reconstruct(args):
 # ------------------------------------------------------------- audio and corpora, for all stages
 
 # Formats that soundfile reads, and some that it does not read, which are reported, not ignored.
-AUDIO = (".flac .wav .mp3 .ogg .opus .aiff .aif .au .caf .w64 "
-         ".m4a .mp4 .webm .wma .aac .amr .3gp").split()
+AUDIO = """.flac .wav .mp3 .ogg .opus .aiff .aif .au .caf .w64
+           .m4a .mp4 .webm .wma .aac .amr .3gp""".split()
 # Named corpora: their folder, and their usual subsets. Any other name is a folder.
 CORPORA = {
     "synthetic": ("data/synthetic", {"train": ["train"], "dev": ["dev"], "test": ["test"]}),

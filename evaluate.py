@@ -247,8 +247,7 @@ def plot_utterance(recognizer: Recognizer, audio: Path, text: str, path: Path):
     axes[0].plot(np.linspace(0, end, len(wav)), wav, linewidth=0.4)
     mel = LogMel(512, 160, 80)(wav[None])[0]
     axes[1].imshow(mel, origin="lower", aspect="auto", extent=(0, end, 0.5, 80.5))
-    axes[2].imshow(array.T.float(), aspect="auto", interpolation="nearest",
-                   extent=(0, end, array.shape[1] + 0.5, 0.5))
+    axes[2].imshow(array.T.float(), aspect="auto", extent=(0, end, array.shape[1] + 0.5, 0.5))
     written = [t for t in range(len(best)) if best[t] and (t == 0 or best[t] != best[t - 1])]
     for number, t in enumerate(written):
         height = 1.03 + 0.08 * (number % 3)         # neighbors side by side would collide

@@ -101,14 +101,14 @@ class TokenSet:
     """The utterances of some subsets, their arrays in memory."""
 
     def __init__(self, folder: str | Path, subsets: list[str], codebooks: int = 0, copies=False):
-        """codebooks: only the first N, 0 for all; copies: also other speeds, and in noise."""
+        """codebooks: only the first N, 0 for all; copies: at other speeds and in noise, too."""
         self.rows, self.arrays = [], []             # arrays: (T, Q) or (T, D) each
         for subset in subsets:
             path = Path(folder) / f"{subset}.jsonl"
             if not path.is_file():
                 raise ValueError(f"{path}: no such file; run tokenize_corpus.py to its end")
-            lines = path.read_text("utf-8").splitlines()
-            for line in tqdm(lines, f"reading {subset}", leave=False, disable=None):
+            for line in tqdm(path.read_text("utf-8").splitlines(), f"reading {subset}",
+                             leave=False, disable=None):
                 row = json.loads(line)
                 if copies or not row["copy_of"]:
                     array = np.load(Path(folder) / row["array"], allow_pickle=False)
@@ -122,7 +122,8 @@ class TokenSet:
         return pad_sequence(arrays, batch_first=True).to(device), lengths.to(device)
 
     def batches(self, which: Sequence, frames: int, rng=None) -> list[list[int]]:
-        """Groups of similar length, of at most `frames` padded frames; with rng in random order."""
+        """Groups of similar length, of at most `frames` padded frames or one longer utterance; with
+        rng in random order."""
         lengths = np.array([len(self.arrays[i]) for i in which])
         spread = rng.uniform(1, 1.1, len(lengths)) if rng else 1.0      # new neighbors every epoch
         groups, longest = [[]], 0
@@ -143,7 +144,7 @@ def frames_needed(target: Tensor) -> int:
 
 
 class TrainSet(TokenSet):
-    """Adds text units and targets, and draws one variant of each utterance an epoch."""
+    """Adds text units and targets, and draws one variant of each utterance per epoch."""
 
     def __init__(self, args, meta: dict, units: bytes | None = None):
         """units: the sentencepiece model of a run that resumes."""
@@ -197,9 +198,10 @@ def make_optimizers(model: CodecASR, args) -> list[torch.optim.Optimizer]:
             tables.append(parameter)
         else:
             others.append(parameter)
-    # Tables that start as codebooks generalize better when they change slowly.
+    # Tables that start as codebooks generalize better when they change slowly; random ones get the
+    # same rate, so that the comparison is fair.
     return [Muon(matrices, 2.5 * args.lr), torch.optim.AdamW([
-        {"params": others, "peak": args.lr}, {"params": tables, "peak": 0.1 * args.lr},
+        {"params": others, "peak": args.lr}, {"params": tables, "peak": 0.1 * args.lr}
     ], betas=(0.9, 0.98), fused=True)]
 
 
@@ -214,7 +216,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose steps are made orthogonal: all directions of a matrix learn equally fast.
 
     Jordan et al., 2024 (kellerjordan.github.io/posts/muon). torch.optim.Muon takes the matrices one
-    by one, and always in bfloat16: on a CPU without it, two thirds of a training step.
+    by one, and always in bfloat16; on a CPU without bfloat16, that takes two thirds of a step.
     """
 
     def __init__(self, matrices: Iterable[nn.Parameter], lr: float):
@@ -322,8 +324,8 @@ def dev_error_rates(model: CodecASR, dev: TokenSet, units, frames: int, device) 
 def unit_prior(model: CodecASR, data: TrainSet, which: list[int], device) -> Tensor:
     """Log of the mean probability of each unit on some training utterances: (V,).
 
-    CTC's posteriors contain it, above all that of the blank; a beam search divides by a power
-    of it, as its language model knows how frequent words are.
+    CTC's posteriors contain this prior, above all that of the blank. A beam search divides by a
+    power of it, because its language model already knows how frequent words are.
     """
     total = sum(log_probs.exp().sum(0)
                 for _, log_probs in outputs(model, data, which, data.frames, device))
@@ -335,14 +337,13 @@ def unit_prior(model: CodecASR, data: TrainSet, which: list[int], device) -> Ten
 def share_of_peak(step: int, progress: float, warmup: float) -> float:
     """Share of the peak learning rate: linear warm-up, times half a cosine from 1 to 0.
 
-    progress: share of the training that is done, 0 to 1. A warm-up of less than 1,000 steps can
-    leave CTC where it starts, predicting nothing but blanks; short runs take that risk.
+    progress: share of the training that is done, 0 to 1.
     """
     return min(1, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * progress))
 
 
 def ramp(step: int, args) -> float:
-    """The curriculum: 0 at the first step, 1 from --curriculum on."""
+    """The curriculum: 0 at the first step, 1 from step --curriculum on."""
     return min(1.0, step / args.curriculum) if args.curriculum else 1.0
 
 
@@ -355,7 +356,8 @@ def check_same_tokens(path: str | Path, trained: dict, tokens: str | Path, found
 
 
 def resume_recognizer(path: Path, args, meta: dict) -> dict | None:
-    """The state of a run that began with the same flags, codec, corpus and noise."""
+    """The state of an earlier run, if any. It must have begun with the same flags, codec, corpus
+    and noise."""
     if not path.exists():
         if path.with_name("asr.pt").exists():
             raise ValueError(f"{path.parent} holds an asr.pt without its resume.pt: give another "
@@ -364,7 +366,7 @@ def resume_recognizer(path: Path, args, meta: dict) -> dict | None:
     saved = load_checkpoint(path, "asr")
     check_same_flags(path, saved["flags"], args, "tokens")
     check_same_tokens(path, saved["meta"], args.tokens, meta,
-                      more=["corpus", "train", "dev", "noise", "snr", "seed"])
+                      ["corpus", "train", "dev", "noise", "snr", "seed"])
     return saved
 
 
@@ -396,13 +398,16 @@ def train(args):
         print(f"recognizer: {parameters:.1f} M parameters, {len(data.units)} {args.units} units; "
               f"{len(data.variants)} utterances, {len(data.rows)} with copies; epoch "
               f"{first} of {args.epochs} on {device}", data.notes, sep="\n")
-    # The longest batch, the last of epoch 0, comes first, so that running out of memory shows now.
-    ctc_loss(model, data, data.epoch(0, 1.0)[-1][::world], device).sum().backward()
+    # The last full batch of epoch 0, of long utterances, comes first, so that running out of
+    # memory shows now.
+    ctc_loss(model, data, data.epoch(0, 1.0)[-2:][0][::world], device).sum().backward()
     model.zero_grad()
 
     for epoch in range(first, args.epochs):
         began, losses = time.time(), []
         groups = data.epoch(epoch, ramp(step, args))
+        # A warm-up of fewer than 1,000 steps can leave CTC where it starts, predicting nothing but
+        # blanks; short runs take that risk.
         warmup = min(1000, args.epochs * len(groups) / 3)
         for number, group in enumerate(tqdm(groups, f"epoch {epoch + 1}/{args.epochs}", leave=False,
                                             disable=True if rank else None)):
@@ -412,10 +417,10 @@ def train(args):
             # Reseed, so that a resumed run draws the same numbers.
             torch.manual_seed((args.seed * 1_000_000 + step) * world + rank)
 
-            # A group smaller than the number of processes goes whole to all of them.
+            # DDP averages the gradients, hence `scale`. A group smaller than the number of
+            # processes goes whole to all of them.
             mine, scale = (group[rank::world], world) if len(group) >= world else (group, 1)
             units = sum(len(data.targets[i]) for i in group)
-            # DDP averages the gradients.
             halfway, whole = ctc_loss(net, data, mine, device) / units * scale
             (0.3 * halfway + 0.7 * whole).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -432,7 +437,8 @@ def train(args):
         if world > 1:
             dist.all_reduce(loss)
         if not math.isfinite(loss):
-            raise ValueError(f"the loss is no longer finite at step {step}; try a lower --lr")
+            raise ValueError(f"the loss is no longer finite in epoch {epoch + 1}; try a lower "
+                             f"--lr, with another --out")
         if rank:
             continue
         speech = sum(data.rows[i]["duration"] for group in groups for i in group)
@@ -445,7 +451,8 @@ def train(args):
         log.append(row)
         state = {"kind": "asr", "flags": vars(args), "meta": meta, "log": log,
                  "text": data.units.serialized_model_proto(), "model": model.state_dict(),
-                 "log_prior": unit_prior(model, data, sum(groups[:30], []), device)}
+                 "log_prior": unit_prior(model, data, sum(groups[::len(groups) // 30 + 1], []),
+                                         device)}
         save_run(out, state, epoch=epoch + 1, step=step,
                  optimizers=[optimizer.state_dict() for optimizer in optimizers])
     if rank == 0:
@@ -481,7 +488,7 @@ def parse(arguments=None):
     add = flag_group(parser, "text units")
     add("--units", "char", "text units", choices=("char", "unigram", "bpe"))
     add("--vocab-size", 256, "number of text units, with unigram or bpe")
-    add("--lang-token", False, "begin transcripts with a token of the language")
+    add("--lang-token", False, "begin each transcript with a token of its language")
     add = flag_group(parser, "training")
     add("--epochs", 20, "passes over the training utterances")
     add("--batch", 40.0, "seconds of speech per step, in all processes")
