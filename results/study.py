@@ -46,11 +46,10 @@ STUDY_FILE = Path(__file__).with_name("study.json")
 STUDY = """
 headline            tokens: against log-mel         runs/headline/asr          runs/headline/asr-mel
 headline            log-mel                         runs/headline/asr-mel      -
+recipe              the older one, tokens           runs/old/headline          runs/headline/asr
+recipe              the older one, log-mel          runs/old/headline-mel      runs/headline/asr-mel
 older recipe        tokens: against log-mel         runs/old/headline          runs/old/headline-mel
-older recipe        log-mel                         runs/old/headline-mel      -
 older recipe        tokens, with the units' prior   runs/prior                 runs/old/headline
-recipe              tokens: against the older one   runs/headline/asr          runs/old/headline
-recipe              log-mel: against the older one  runs/headline/asr-mel      runs/old/headline-mel
 README's run        tokens                          runs/quick/asr             -
 README's run        log-mel: against tokens         runs/quick/asr-mel         runs/quick/asr
 quick run           tokens: against log-mel         runs/quick/masks           runs/quick/masks-mel
