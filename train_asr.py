@@ -8,9 +8,9 @@ out  runs/asr/asr.pt            the recognizer, in half precision: all that eval
     python train_asr.py                                           # synthetic speech, a few minutes
     python train_asr.py --tokens runs/mine/tokens --size small --epochs 30 --out runs/mine/asr
 
-The log lines: `loss` is the CTC loss in nats per text unit, averaged over the epoch; `dev CER` and
-`dev WER` are error rates of greedy decoding. The line `dropped`, printed once, counts training
-utterances and copies that CTC cannot align, or that last more than a minute.
+The log lines: `loss` is the CTC loss after the last block in nats per text unit, averaged over the
+epoch; `dev CER` and `dev WER` are error rates of greedy decoding. The line `dropped`, printed once,
+counts training utterances and copies that CTC cannot align, or that last more than a minute.
 
 Legend: B utterances, T token frames, T' output frames, Q codebooks, D feature size, V text units.
 Dhawan et al., arXiv 2407.03495, section 3. Everything that training needs from the codec is in the
@@ -422,7 +422,7 @@ def train(args):
             mine, scale = (group[rank::world], world) if len(group) >= world else (group, 1)
             units = sum(len(data.targets[i]) for i in group)
             halfway, whole = ctc_loss(net, data, mine, device) / units * scale
-            (0.3 * halfway + 0.7 * whole).backward()
+            (0.3 * halfway + 0.7 * whole).backward()            # these weights were not tuned
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 for part in optimizer.param_groups:

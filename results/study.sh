@@ -8,9 +8,8 @@
 #     TEST="test-clean test-other" bash results/study.sh mini
 #
 # Except for headline, quick and lang, all runs are `tiny`, last 12 epochs, and hide nothing (no
-# masks). Older runs, among them the published weights, hid ten spans of time of up to 5 % of an
-# utterance, four codebooks and two bands. Spans are now at most 0.2 s long, so these runs cannot be
-# repeated exactly.
+# masks). Older runs (runs/old in study.json) hid ten spans of time of up to 5 % of an utterance,
+# four codebooks and two bands, without self-conditioned CTC: they cannot be repeated exactly.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mini=(--corpus mini-librispeech --speeds 0.8 0.9 1.1 1.2 --test ${TEST:-test-clean})
