@@ -61,7 +61,7 @@ class Recognizer:
     """
 
     def __init__(self, path: str | Path, device: str = "auto", lm: str | None = None,
-                 codec: str | None = None, beam: int = 200, lm_weight: float = 2.5,
+                 codec: str | None = None, beam: int = 500, lm_weight: float = 3.0,
                  word_score: float = 0.0, prior_weight: float = 0.5):
         """path: asr.pt or its folder. lm: a word language model in ARPA format, plain or gzipped,
         for a beam search; without, decoding is greedy. codec: by default the one that made the
@@ -127,14 +127,16 @@ def beam_search(units: SentencePieceProcessor, lm: str, beam: int, lm_weight: fl
                 word_score: float):
     """torchaudio's beam search over the words of an ARPA language model, as it is or gzipped.
 
-    Words are spelled in the recognizer's text units.
+    Words are spelled in the recognizer's text units. In each frame only the ten likeliest units
+    continue a hypothesis, and hypotheses whose score is 20 below the best go: both make room for a
+    wider beam.
     """
     try:
         from torchaudio.models.decoder import ctc_decoder
     except (ImportError, RuntimeError):
         raise ValueError("--lm: the beam search needs pip install flashlight-text")
     pieces = [units.id_to_piece(i) for i in range(len(units))]
-    with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as lexicon:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8") as lexicon:
         for word in arpa_words(lm):
             if word[0] != "<" and 0 not in units.encode(word):
                 print(word, *units.encode(word, out_type=str), file=lexicon)
@@ -145,7 +147,7 @@ def beam_search(units: SentencePieceProcessor, lm: str, beam: int, lm_weight: fl
         try:
             return ctc_decoder(
                 lexicon=lexicon.name, tokens=pieces, lm=str(lm), beam_size=beam,
-                lm_weight=lm_weight, word_score=word_score,
+                beam_size_token=10, beam_threshold=20, lm_weight=lm_weight, word_score=word_score,
                 blank_token=pieces[0], sil_token=pieces[0], unk_word="<unk>")
         except RuntimeError:
             raise ValueError(f"--lm {lm}: not a word language model in ARPA format")
@@ -406,8 +408,8 @@ def parse(arguments=None):
         "also draw each file of --audio, with its tokens and letters (needs matplotlib)")
     add = flag_group(parser, "beam search with a language model")
     add("--lm", None, "word language model in ARPA format, plain or gzipped; greedy without")
-    add("--beam", 200, "hypotheses kept")
-    add("--lm-weight", 2.5, "weight of the language model")
+    add("--beam", 500, "hypotheses kept")
+    add("--lm-weight", 3.0, "weight of the language model")
     add("--word-score", 0.0, "added for every word")
     add("--prior-weight", 0.5,
         "share of the units' log prior that is subtracted from their log-probabilities")

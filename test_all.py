@@ -187,7 +187,7 @@ def test_printed_commands_are_accepted_and_printed_numbers_are_those_of_the_stud
                  if isinstance(value, (int, float))] for stage in STAGES.values()]
     assert defaults == [[1.0, 8, 1024, 500, 8, 0.001, False, 0], [400, 1, 1, 0],
                         [0, 1, 8, 0, 1, 0.0, 0.0, 3000, 256, False, 20, 40.0, 0.003, 0],
-                        [False, 200, 2.5, 0.0, 0.5, 0]]
+                        [False, 500, 3.0, 0.0, 0.5, 0]]
     run(study, "tables")
     known = (HOME / "results" / "tables.md").read_text("utf-8").replace("+", "")
     for page, text in PAGES.items():
