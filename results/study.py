@@ -48,8 +48,6 @@ headline            tokens: against log-mel         runs/headline/asr          r
 headline            log-mel                         runs/headline/asr-mel      -
 recipe              the older one, tokens           runs/old/headline          runs/headline/asr
 recipe              the older one, log-mel          runs/old/headline-mel      runs/headline/asr-mel
-older recipe        tokens: against log-mel         runs/old/headline          runs/old/headline-mel
-older recipe        tokens, with the units' prior   runs/prior                 runs/old/headline
 README's run        tokens                          runs/quick/asr             -
 README's run        log-mel: against tokens         runs/quick/asr-mel         runs/quick/asr
 quick run           tokens: against log-mel         runs/quick/masks           runs/quick/masks-mel
@@ -64,24 +62,18 @@ input               latent instead of tokens        runs/study/latent          r
 bits                first codebooks alone: 1        runs/study/codebooks-1     runs/study/baseline
 bits                first codebooks alone: 2        runs/study/codebooks-2     runs/study/baseline
 bits                first codebooks alone: 4        runs/study/codebooks-4     runs/study/baseline
-bits                first codebooks alone: all 8    runs/study/baseline        -
 bits                256 codes in each codebook      runs/study/256             runs/study/baseline
 bits                4,096 codes in each codebook    runs/study/4096            runs/study/baseline
 bits                80 frames per second            runs/study/80hz            runs/study/baseline
-bits                log-mel                         runs/study/log-mel         -
 steps of the codec  1, so hardly trained            runs/study/steps-1         runs/study/baseline
 steps of the codec  1,500                           runs/study/steps-1500      runs/study/baseline
 steps of the codec  3,000                           runs/study/steps-3000      runs/study/baseline
-steps of the codec  6,000                           runs/study/baseline        -
 steps of the codec  12,000                          runs/study/steps-12000     runs/study/baseline
-codec               mel encoder, RVQ                runs/study/baseline        -
 codec               mel encoder, FSQ                runs/study/fsq             runs/study/baseline
 codec               time encoder, RVQ               runs/study/time            runs/study/baseline
 codec               time encoder, FSQ               runs/study/time-fsq        runs/study/baseline
 masks               the default ones                runs/quick/masks           runs/study/baseline
-noise               tokens                          runs/study/baseline        -
 noise               tokens, trained in pink noise   runs/study/pink            runs/study/baseline
-noise               log-mel                         runs/study/log-mel         -
 noise               log-mel, trained in pink noise  runs/study/pink-log-mel    -
 noise, others       log-mel, both trained in noise  runs/study/pink-log-mel    runs/study/pink
 noisy embedding     strength 0.3                    runs/study/noisy-0.3       runs/study/baseline
@@ -101,13 +93,13 @@ quick run           log-mel                         runs/quick/mel             -
 quick run           log-mel, 100 Hz to 25           runs/quick/mel10           runs/quick/mel
 quick run           latent of FSQ, not its codes    runs/quick/latent          runs/quick/fsq-3
 quick run           9.5 hours of speech, not 5.3    runs/more/asr              runs/quick/rvq
-embedding tables    start as codebooks              runs/old/baseline          -
-embedding tables    start at random                 runs/old/random            runs/old/xeon
-embedding tables    start at random                 runs/old/random-1          runs/old/baseline-1
-embedding tables    start at random, no masks       runs/old/random-no-masks   runs/old/no-masks
-embedding tables    codebooks, never trained        runs/old/frozen            runs/old/baseline
+older embedding     start as codebooks              runs/old/baseline          -
+older embedding     start at random                 runs/old/random            runs/old/xeon
+older embedding     start at random                 runs/old/random-1          runs/old/baseline-1
+older embedding     start at random, no masks       runs/old/random-no-masks   runs/old/no-masks
+older embedding     codebooks, never trained        runs/old/frozen            runs/old/baseline
 sum of embeddings   side by side instead            runs/old/stack             runs/old/baseline
-input               log-mel instead of tokens       runs/old/log-mel           runs/old/xeon
+older input         log-mel instead of tokens       runs/old/log-mel           runs/old/xeon
 bits                first codebooks alone: 1        runs/old/codebooks-1       runs/old/baseline
 bits                first codebooks alone: 2        runs/old/codebooks-2       runs/old/baseline
 bits                first codebooks alone: 4        runs/old/codebooks-4       runs/old/baseline
