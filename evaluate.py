@@ -128,8 +128,8 @@ def beam_search(units: SentencePieceProcessor, lm: str, beam: int, lm_weight: fl
     """torchaudio's beam search over the words of an ARPA language model, as it is or gzipped.
 
     Words are spelled in the recognizer's text units. In each frame only the ten likeliest units
-    continue a hypothesis, and hypotheses whose score is 20 below the best go: both make room for a
-    wider beam.
+    continue a hypothesis, and hypotheses that score 20 less than the best are dropped: both make
+    room for a wider beam.
     """
     try:
         from torchaudio.models.decoder import ctc_decoder
