@@ -7,7 +7,8 @@ The embedding is the paper's idea: Q tables that start as the codec's codebooks,
 to the quantized latent. Codes that sound alike therefore start with similar embeddings.
 
 Legend: B utterances, T token frames, T' = T / subsampling rounded up, Q codebooks, K codes, D width
-of the embedding (of a codebook, or of Q side by side), C model width, H heads, V text units.
+of the embedding (of a codebook, or of Q side by side), C model width, H heads, V text units,
+N frames of a sample. In the blocks, T stands for T'.
 
 Dhawan et al., arXiv 2407.03495, section 3. Conformer: Gulati et al., arXiv 2005.08100; to train it
 with CTC is our choice. Rotary positions: Su et al., arXiv 2104.09864. Self-conditioned CTC:
@@ -71,8 +72,7 @@ class Augment:
         return (~(hidden[..., None] & which[:, :, None]).any(1)).float()
 
     def hide(self, emb: Tensor, token_len: Tensor) -> Tensor:
-        """Noise and masks on the normalized embedding (B, T, D): mean 0, standard deviation about
-        1."""
+        """Noise and masks on emb (B, T, D), whose dimensions have mean 0 and deviation 1."""
         _, steps, width = emb.shape
         uniform = 2 * torch.rand_like(emb) - 1                                  # deviation 3^-0.5
         emb = emb + 3 ** 0.5 * self.noisy_embedding * self.strength * uniform
@@ -218,7 +218,7 @@ class CodecASR(nn.Module):
             self.embedding.tables.copy_(tables[:self.num_codebooks].flatten(0, 1))
             emb = self.embedding(sample[None], torch.ones(1, *sample.shape))[0]
         self.mean.copy_(emb.mean(0))
-        # A dimension that hardly varies is not scaled up to 1. With "stack", one deviation serves
+        # A dimension that hardly varies stays small. With "stack", one deviation serves
         # all dimensions: the last codebooks of RVQ are small and carry little.
         deviation = emb.std(0).clamp(min=0.1 * emb.std())
         if self.num_codebooks and self.embedding.aggregate == "stack":

@@ -5,7 +5,7 @@ out  runs/codec/codec.pt        the codec, in half precision: all that the other
      runs/codec/resume.pt       the state of training; the same command continues from it
      runs/codec/report.json     how well the codec reproduces 32 random pieces of dev audio
      runs/codec/log.jsonl       the losses, every 100 steps
-     runs/codec/skipped.txt     audio that could not be read since the last start
+     runs/codec/skipped.txt     audio that (the first process) could not read since the last start
 
     python codec.py                                               # synthetic speech, a few minutes
     python codec.py --corpus mini-librispeech --steps 6000 --batch 16 --out runs/mini/codec
@@ -20,7 +20,8 @@ entropy. With --adversarial, `adversarial` falls as the discriminator mistakes m
 for speech, and `matching` as its layers respond more alike to both.
 
 wav (B, S) -> encoder -> latent (B, D, T) -> quantizer -> tokens (B, Q, T) -> decoder -> wav (B, S)
-Legend: B utterances, S samples, T token frames, D latent size, Q codebooks, C channels, M bands.
+Legend: B utterances, S samples, T token frames, D latent size, Q codebooks, K codes in each,
+C channels, M mel bands.
 
 Read the encoders, the decoder, `Codec`, the losses and `train`. The sections on files and corpora
 serve all stages and can be skimmed; the last two, downloads and synthetic speech, can be skipped.
@@ -111,16 +112,16 @@ def mel_window(hop: int) -> int:
 class MelEncoder(nn.Module):
     """wav (B, S) -> latent (B, D, T). Two log-mel frames make one token frame.
 
-    The final BatchNorm spreads every dimension of the latent over the quantizer's range, so that
-    the codes are in use from the first step. In evaluation, scale and shift are fixed.
+    The final BatchNorm gives every dimension of the latent mean 0 and deviation 1, so that the
+    codes are in use from the first step. In evaluation, scale and shift are fixed.
     """
-    window = 600        # token frames encoded at once: bounds memory
+    chunk = 600         # token frames encoded at once: bounds memory
 
     def __init__(self, dim: int, strides: list[int], channels: int, blocks: int):
         super().__init__()
         mel_hop = math.prod(strides) // 2
         self.mel = LogMel(mel_window(mel_hop), mel_hop, 80)
-        # Token frames seen on each side: one per block, those of the window, and a few to spare.
+        # Token frames seen on each side: one per block, half a mel window, and a few to spare.
         self.context = blocks + 3 + mel_window(mel_hop) // (2 * mel_hop)
         self.net = nn.Sequential(
             conv(80, channels, 4, stride=2),
@@ -128,8 +129,7 @@ class MelEncoder(nn.Module):
             nn.ELU(), conv(channels, dim, 1), nn.BatchNorm1d(dim, affine=False))
 
     def forward(self, wav: Tensor) -> Tensor:
-        mel = (self.mel(wav) + 4.4) / 4.0       # speech: about mean 0, deviation 1
-        return self.net(mel)
+        return self.net((self.mel(wav) + 4.4) / 4.0)        # speech: about mean 0, deviation 1
 
 
 class TimeEncoder(nn.Module):
@@ -146,7 +146,7 @@ class TimeEncoder(nn.Module):
     - A LayerNorm of each frame, so that quiet frames are not all rounded to one code.
     - Two wide residual units at the token rate, where they are cheap.
     """
-    window = 200        # token frames encoded at once: bounds memory
+    chunk = 200         # token frames encoded at once: bounds memory
     context = 8         # token frames seen on each side: 3 in the last layers, the rest below them
 
     def __init__(self, dim: int, strides: list[int], channels: int):
@@ -285,22 +285,22 @@ class Codec(nn.Module):
     @torch.inference_mode()
     def encode(self, wav: Tensor) -> Tensor:
         """wav (B, S) -> tokens (B, Q, T) int64."""
-        return torch.cat([self.quantizer.encode(part) for part in self.windows(wav)], 2)
+        return torch.cat([self.quantizer.encode(part) for part in self.chunks(wav)], 2)
 
     @torch.inference_mode()
     def latent(self, wav: Tensor) -> Tensor:
         """The encoder's output before quantization: wav (B, S) -> (B, D, T)."""
-        return torch.cat([*self.windows(wav)], 2)
+        return torch.cat([*self.chunks(wav)], 2)
 
-    def windows(self, wav: Tensor) -> Iterator[Tensor]:
-        """Latent of one window after another, each with as much context as the encoder sees."""
-        window, context = self.encoder.window, self.encoder.context
+    def chunks(self, wav: Tensor) -> Iterator[Tensor]:
+        """Latent of one chunk after another, each with as much context as the encoder sees."""
+        chunk, context = self.encoder.chunk, self.encoder.context
         frames = -(-wav.shape[1] // self.hop)
         wav = F.pad(wav, (0, frames * self.hop - wav.shape[1]))
-        for start in range(0, frames, window):
+        for start in range(0, frames, chunk):
             first = max(0, start - context)
-            part = wav[:, first * self.hop:(start + window + context) * self.hop]
-            yield self.encoder(part)[..., start - first:start - first + window]
+            part = wav[:, first * self.hop:(start + chunk + context) * self.hop]
+            yield self.encoder(part)[..., start - first:start - first + chunk]
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor) -> Tensor:
@@ -404,7 +404,10 @@ write_text = partial(Path.write_text, encoding="utf-8", errors="replace")
 def write_atomically(path: Path, data, save: Callable = write_text):
     """save(path, data), so that a reader finds the old file or the new one, never half of one."""
     temporary = path.with_name(f".part-{path.name}")
-    save(temporary, data)
+    try:
+        save(temporary, data)
+    except (RuntimeError, TypeError) as error:          # of torch: the disk is full; of soundfile
+        raise ValueError(f"{path}: cannot be written ({error})")
     os.replace(temporary, path)
 
 
@@ -414,8 +417,8 @@ def write_rows(path: Path, rows: list[dict]):
 
 
 def save_run(out: Path, state: dict, **more):
-    """Write <kind>.pt, the state with its weights in half precision, which the next stages need;
-    resume.pt, the whole state and what else resuming needs; and the log."""
+    """Write <kind>.pt, the state with weights in half precision, for the next stages; resume.pt, in
+    full precision and with what else resuming needs; and the log."""
     weights = {name: value.half() if value.is_floating_point() else value
                for name, value in state["model"].items()}
     save = lambda path, checkpoint: torch.save(checkpoint, path)
@@ -449,7 +452,7 @@ def check_same_flags(path: Path, flags: dict, args, *free: str):
     --epochs may grow."""
     for name, now in vars(args).items():
         grown = name in ("steps", "epochs") and now > flags[name]
-        if now != flags[name] and not grown and name not in ("device", "out", *free):
+        if name not in ("device", "out", *free) and now != flags[name] and not grown:
             raise ValueError(f"{path} was trained with --{name.replace('_', '-')} {flags[name]}, "
                              f"not {now}: give another --out, or delete {path.parent}")
 
@@ -685,12 +688,12 @@ def train(args):
         if dev:
             report(Codec.load(out / "codec.pt", device), dev_crops, out)
         save_skipped(out / "skipped.txt", [*(crops.unreadable | dev_crops.unreadable).values()])
-        command = ["python", "tokenize_corpus.py", "--corpus", *args.corpus]
+        command = ["tokenize_corpus.py", "--corpus", *args.corpus]
         for name in "train", "dev":
             if getattr(args, name):
                 command += [f"--{name}", *getattr(args, name)]
-        command += ["--codec", str(out / "codec.pt"), "--out", str(out.parent / "tokens")]
-        print(f"wrote {out / 'codec.pt'}; next: {shlex.join(command)}")
+        command += ["--codec", out / "codec.pt", "--out", out.parent / "tokens"]
+        print(f"wrote {out / 'codec.pt'}; next: python {shlex.join(map(str, command))}")
 
 
 @torch.inference_mode()
@@ -713,14 +716,12 @@ def reconstruct(args):
     device = pick_device(args.device)
     codec = Codec.load(args.codec, device)
     if not 0 <= args.codebooks <= codec.quantizer.num_codebooks:
-        raise ValueError(f"{args.codec} has {codec.quantizer.num_codebooks} codebooks")
+        raise ValueError(f"--codebooks {args.codebooks}: {args.codec} has "
+                         f"{codec.quantizer.num_codebooks}")
     wav = read_audio(source)
     tokens = codec.encode(wav[None].to(device))[:, :args.codebooks or None]
     made = codec.decode(tokens)[0, :len(wav)].cpu().clamp(-1, 1)
-    try:
-        write_atomically(target, made.numpy(), partial(sf.write, samplerate=SAMPLE_RATE))
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"{target}: cannot be written as audio ({error})")
+    write_atomically(target, made.numpy(), partial(sf.write, samplerate=SAMPLE_RATE))
     print(f"wrote {target}: {tokens.shape[2]} frames of {tokens.shape[1]} tokens")
 
 
@@ -841,19 +842,17 @@ def nothing_found(folder: Path, wanted: dict[str, list[str]]) -> str:
 
 def audio_files(subsets: dict[str, list[Path]]) -> list[Path]:
     """{subset: [folders that have it]} -> their files."""
-    files = []
-    for subset, folders in subsets.items():
-        for folder in folders:
-            files += find_audio(folder, subset)
-    return files
+    return [path for subset, folders in subsets.items() for folder in folders
+            for path in find_audio(folder, subset)]
 
 
 def find_audio(folder: Path, subset: str) -> list[Path]:
     """The audio files that the subset's manifest names, or ML-SUPERB's lists, or that lie in the
     subset's own folder. An empty list if there is no such subset."""
-    if (folder / f"{subset}.jsonl").is_file():
-        rows, _ = read_manifest(folder / f"{subset}.jsonl")
-        return [folder / row["audio_filepath"] for row in rows]
+    manifest = folder / f"{subset}.jsonl"
+    if manifest.is_file():
+        rows, _ = read_manifest(manifest)
+        return [manifest.parent / row["audio_filepath"] for row in rows]
     lists = sorted(folder.glob(f"*/*/transcript_{subset}.txt"))
     if lists:
         return [path.parent / "wav" / f"{words[0]}.wav" for path in lists

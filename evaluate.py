@@ -2,7 +2,7 @@
 
 in   runs/asr/asr.pt, and token files; for --audio and --noise the audio and the codec
 out  runs/eval/report.json, report.md       word and character error rates, with intervals
-     (compare.json, compare.md              with --compare)
+     runs/eval/compare.json, compare.md     instead, with --compare
      runs/eval/*.png                        pictures of the files of --audio, with --plots
 
     python evaluate.py                                              # the test subsets
@@ -16,7 +16,7 @@ From Python:
     print(recognizer.transcribe("talk.mp3"))
 
 WER, CER: word and character error rate, (substitutions + deletions + insertions) / length.
-Intervals: 95 %, by a bootstrap that resamples speakers where there are five or more.
+Intervals: 95%, by a bootstrap that resamples speakers where there are five or more.
 Legend: T token frames, Q codebooks, D feature size, T' output frames, V text units, N utterances.
 """
 
@@ -115,8 +115,12 @@ class Recognizer:
         log_probs = self.log_probs(tokens)
         if not self.beam_search:
             return greedy(self.units, log_probs[0])
-        best = self.beam_search(log_probs - self.prior)[0]
-        return " ".join(best[0].words) if best else ""
+        words = []
+        # A minute at a time, as the search keeps all hypotheses that it tried.
+        for part in (log_probs - self.prior).split(2400, 1):
+            for best in self.beam_search(part)[0]:
+                words += best.words
+        return " ".join(words)
 
     def transcribe(self, path: str | Path) -> str:
         """An audio file of any length -> its text. Raises ValueError where it cannot be read."""
@@ -173,13 +177,12 @@ class Score:
 
     def __init__(self, rows: list[dict], hyps: list[str]):
         """rows: of the token folder, with text, lang and speaker; hyps: what was recognized."""
-        self.rows, self.hyps = rows, [split_language(hyp) for hyp in hyps]
-        self.refs = [row["text"] for row in rows]
-        texts = [text for _, text in self.hyps]
+        self.rows, self.refs = rows, [row["text"] for row in rows]
+        self.named, self.texts = zip(*map(split_language, hyps))        # languages, texts
         # Errors and reference length of each utterance, (N, 2).
-        self.words = count_errors(jiwer.process_words, self.refs, texts)
-        self.chars = count_errors(jiwer.process_characters, self.refs, texts)
-        speakers = [row["speaker"] for row in rows]
+        self.words = count_errors(jiwer.process_words, self.refs, self.texts)
+        self.chars = count_errors(jiwer.process_characters, self.refs, self.texts)
+        speakers = [row["speaker"] or row["id"] for row in rows]
         # The bootstrap draws speakers, or utterances where there are fewer than five speakers.
         drawn = speakers if len(set(speakers)) >= 5 else range(len(rows))
         self.groups = np.unique(drawn, return_inverse=True)[1]
@@ -195,7 +198,7 @@ class Score:
                   "cer_interval": interval(resampled(self.chars, self.groups, seed)),
                   "by_speaker": {name: total.tolist() for name, total in by_speaker.items()}}
         languages = np.array([row["lang"] for row in self.rows])
-        named = np.array([lang for lang, _ in self.hyps])
+        named = np.array(self.named)
         if len(set(languages)) > 1:
             result["cer_by_language"] = {lang: rate(self.chars[languages == lang])
                                          for lang in sorted(set(languages))}
@@ -228,7 +231,7 @@ def resampled(counts: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
 
 
 def interval(rates: np.ndarray) -> list[float]:
-    """The middle 95 % of the bootstrap's error rates, or of their differences."""
+    """The middle 95% of the bootstrap's error rates, or of their differences."""
     return np.percentile(rates, [2.5, 97.5]).tolist()
 
 
@@ -297,14 +300,14 @@ def remarks(score: Score, summary: dict) -> str:
     if "languages_named_right" in summary:
         page += f"languages identified correctly: {summary['languages_named_right']:.1%}\n"
     for i in range(0, len(score.refs), -(-len(score.refs) // 5)):
-        page += f"\n    ref  {score.refs[i]}\n    hyp  {score.hyps[i][1]}\n"
+        page += f"\n    ref  {score.refs[i]}\n    hyp  {score.texts[i]}\n"
     return page
 
 
 def conditions(run: Recognizer, data: TokenSet, args) -> Iterator[tuple]:
     """-> kind of noise, signal-to-noise ratio, arrays of the utterances: first without noise."""
     yield None, None, data.arrays
-    items = [Utterance(**{name: row[name] for name in Utterance._fields}) for row in data.rows]
+    items = [Utterance(*[row[name] for name in Utterance._fields]) for row in data.rows]
     for kind, snr in itertools.product(args.noise, args.snr):
         noise = Noise([kind], [snr, snr], items, args.seed)
         yield kind, snr, [torch.from_numpy(run.front_end(noise(read_audio(item.audio), item)))
@@ -341,7 +344,7 @@ def evaluate(args):
                 if score.refs != base.refs:
                     raise ValueError(f"{name}: its {subset} holds other utterances than that of "
                                      f"{args.compare[0]}")
-                # Both are resampled with the same speakers, or utterances.
+                # One seed draws the same speakers, or utterances, for both runs.
                 low, high = interval(resampled(score.chars, base.groups, args.seed)
                                      - resampled(base.chars, base.groups, args.seed))
                 summary = score.summary(args.seed) | {
@@ -353,9 +356,9 @@ def evaluate(args):
                     rows[-1].append(f"{100 * low:+.1f} to {100 * high:+.1f}")
                 elif not kind:
                     page += f"\n{subset}\n{remarks(score, summary)}"
-    header = ["run", "test", "utterances", "WER % (95 %)", "CER % (95 %)"]
+    header = ["run", "test", "utterances", "WER % (95%)", "CER % (95%)"]
     if args.compare:
-        header.append("CER minus the first run's (95 %)")
+        header.append("CER minus the first run's (95%)")
     page += "\n" + table(header, rows)
 
     out, stem = Path(args.out), "compare" if args.compare else "report"
@@ -417,7 +420,10 @@ def parse(arguments=None):
 
     args = parser.parse_args(arguments)
     if args.audio:
-        refuse_idle(parser, args, "with --audio", "test", "tokens", "compare", "noise")
+        refuse_idle(parser, args, "with --audio", "test", "tokens", "compare", "noise",
+                    "seed")
+        if not args.plots:
+            refuse_idle(parser, args, "with --audio, without --plots", "out")
     else:
         refuse_idle(parser, args, "without --audio", "plots")
     if not args.noise:

@@ -62,7 +62,7 @@ class ResidualVQ(nn.Module):
     # Share of the training utterances quantized with only the first n codebooks, n random, so that
     # the first n alone are a valid codec of a lower bitrate (SoundStream, section III-C).
     dropout = 0.5
-    learning = True     # False: the codebooks are frozen, while a decoder learns from their latent
+    learning = True     # False: frozen, while a decoder learns alone (codec.py --adversarial)
 
     def __init__(self, dim: int = 128, num_codebooks: int = 8, codebook_size: int = 1024):
         super().__init__()
@@ -92,13 +92,12 @@ class ResidualVQ(nn.Module):
         for level, index in enumerate(tokens.transpose(0, 1).flatten(1)):   # (N,)
             code = F.embedding(index, self.embed[level])                    # (N, D)
             active = level < depth                  # (N,) does this utterance use this level?
-            # What is left over, as in `residual`, but with a gradient to the frames.
-            error = (frames - quantized - code).square().mean(1)            # (N,)
+            quantized = quantized + code * active[:, None]
+            error = (frames - quantized).square().mean(1)                   # (N,)
             loss = loss + (error * active).sum() / active.sum().clamp(min=1)
             if self.training and self.learning:
                 self.update(level, residual, index, active)
-            quantized = quantized + code * active[:, None]
-            residual = residual - code
+            residual = residual - code              # unmasked: a dead code may move to any frame
 
         # One straight-through on the sum: one per level would multiply the gradient by Q.
         straight = frames + (quantized - frames).detach()
@@ -237,7 +236,7 @@ class GroupFSQ(nn.Module):
         rounding gives exactly that many values (Mentzer et al., section 3.1).
         """
         groups = latent.float().transpose(1, 2).unflatten(2, (self.num_codebooks, -1))
-        half = (self.levels - 1) * (1 + 1e-3) / 2       # a little more: the ends can be reached
+        half = (self.levels - 1) * (1 + 1e-3) / 2       # slightly more: atanh of 2 levels is finite
         offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
         shift = torch.atanh(offset / half)                  # a latent of 0 becomes the value 0
         return torch.tanh(groups + shift) * half - offset + self.levels // 2

@@ -1,7 +1,7 @@
 """Stage 2: encode a corpus once with a trained codec, into small files of tokens.
 
 in   a corpus with transcripts, and runs/codec/codec.pt
-out  runs/tokens/meta.json              which codec, hop, sample rate, Q, K, D, subsets
+out  runs/tokens/meta.json              codec (fingerprint and path), hop, Q, K, D, subsets, ...
      runs/tokens/codebooks.npy          (Q, K, D) float32: the recognizer's embedding starts here
      runs/tokens/<subset>.jsonl         one row per utterance: id, text, lang, speaker, ...
      runs/tokens/<subset>/<id>.npy      tokens (T, Q) int16
@@ -99,8 +99,8 @@ def read_librispeech(folder: Path, subset: str, skipped: list[str]) -> Iterator[
             if file:
                 # LibriSpeech's names begin with the speaker; other names get their folders.
                 parts = file.with_suffix("").relative_to(folder / subset).parts
-                key = name if "-" in name else "-".join(parts)
-                yield Utterance(key, " ".join(words), "", key.split("-")[0], file)
+                key = name if name.startswith(f"{parts[0]}-") else "-".join(parts)
+                yield Utterance(key, " ".join(words), "", parts[0].split("-")[0], file)
             else:
                 skipped.append(f"{path}: {name} has no audio file of its own")
     skipped += [f"{path}: no transcript names it" for path in audio.values()]
@@ -162,8 +162,8 @@ class Noise:
         elif kind == "pink":
             noise = pink(len(wav), rng)
         elif kind == "babble":          # six recordings of other speakers, if there are any
-            files = [other.audio for other in self.speech if other.speaker != item.speaker]
-            files = files or [other.audio for other in self.speech]
+            others = [each for each in self.speech if each.speaker != item.speaker] or self.speech
+            files = [other.audio for other in others]
             noise = sum(stretch(files, len(wav), rng) for _ in range(6))
         else:
             noise = stretch(self.files[kind], len(wav), rng)
@@ -227,7 +227,7 @@ class FrontEnd:
     """Turns audio into the recognizer's input: a codec's tokens, its latent, or log-mel."""
 
     def __init__(self, features: str, codec_path: str | Path, hop: int, device: str):
-        """features: tokens, latent or mel; hop of log-mel: a codec has its own."""
+        """features: tokens, latent or mel; hop: of mel, as a codec has its own."""
         self.features, self.device = features, device
         self.meta = {"features": features, "sample_rate": SAMPLE_RATE, "hop": hop,
                      "codebooks": 0, "codebook_size": 0, "bitrate": 0}
@@ -300,8 +300,8 @@ def encode_subset(front_end: FrontEnd, utterances: list[Utterance], noise: Noise
     folder.mkdir(parents=True, exist_ok=True)
     todo = [item for item in utterances if not (folder / f"{item.id}.npy").exists()]
     loader = DataLoader(todo, batch_size=None, num_workers=workers,
-                        collate_fn=partial(read_utterance, noise))      # runs in the workers
-    for item, wav in zip(todo, tqdm(loader, folder.name, disable=None)):
+                        collate_fn=partial(read_utterance, noise))      # in the workers
+    for wav, item in zip(tqdm(loader, folder.name, disable=None), todo):
         if isinstance(wav, str):
             tqdm.write(f"skipped: {wav}")
         else:
@@ -359,13 +359,13 @@ def tokenize(args):
                 list_subset(out, subset, utterances, skipped, noise)
     if rank == 0:
         name = "asr" if out.name == "tokens" else f"asr-{out.name}"
-        command = ["python", "train_asr.py", "--tokens", str(out), "--out", str(out.parent / name)]
+        command = ["train_asr.py", "--tokens", out, "--out", out.parent / name]
         if not corpus["train"]:
-            command = ["python", "evaluate.py", "--tokens", str(out), "--out", str(out / "eval")]
+            command = ["evaluate.py", "--tokens", out, "--out", out / "eval"]
             published = Path(args.codec).with_name("asr.pt")        # lies beside its codec
             if published.exists():
-                command += ["--asr", str(published)]
-        print(f"wrote {out}; next: {shlex.join(command)}")
+                command += ["--asr", published]
+        print(f"wrote {out}; next: python {shlex.join(map(str, command))}")
 
 
 # -------------------------------------------------------------------------------------------- main

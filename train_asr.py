@@ -66,7 +66,7 @@ def train_units(rows: list[dict], args) -> bytes:
             hard_vocab_limit=False, character_coverage=1.0, max_sentence_length=1 << 24,
             normalization_rule_name="identity", minloglevel=2,
             unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1,
-            user_defined_symbols=[f"<|{name}|>" for name in languages])
+            user_defined_symbols=[f"<|{name}|>".replace(" ", "\u2581") for name in languages])
     except RuntimeError as error:
         raise ValueError(f"--units {args.units} --vocab-size {args.vocab_size}: "
                          f"{str(error).splitlines()[-1]}")
@@ -352,7 +352,7 @@ def check_same_tokens(path: str | Path, trained: dict, tokens: str | Path, found
     for name in "features", "codec", "hop", "codebooks", *more:
         if trained[name] != found[name]:
             raise ValueError(f"{path} was trained on {name} {trained[name]}, but {tokens} holds "
-                             f"{found[name]}: give its own tokens or codec, or another run")
+                             f"{found[name]}: use the tokens and codec that it was trained with")
 
 
 def resume_recognizer(path: Path, args, meta: dict) -> dict | None:
@@ -381,7 +381,7 @@ def train(args):
     # The checkpoint names its codec relative to itself.
     meta["codec_path"] = os.path.relpath(Path(args.tokens) / meta["codec_path"], out)
     saved = resume_recognizer(out / "resume.pt", args, meta)
-    data = TrainSet(args, meta, saved["text"] if saved else None)
+    data = TrainSet(args, meta, saved["text"] if saved else None)       # "text": its units
     dev = TokenSet(args.tokens, meta["dev"], args.codebooks)
     model = start_model(args, meta, data).to(device)
     optimizers = make_optimizers(model, args)
@@ -398,8 +398,8 @@ def train(args):
         print(f"recognizer: {parameters:.1f} M parameters, {len(data.units)} {args.units} units; "
               f"{len(data.variants)} utterances, {len(data.rows)} with copies; epoch "
               f"{first} of {args.epochs} on {device}", data.notes, sep="\n")
-    # The last full batch of epoch 0, of long utterances, comes first, so that running out of
-    # memory shows now.
+    # One batch of long utterances, near the end of the sorted epoch 0, shows now whether memory is
+    # large enough.
     ctc_loss(model, data, data.epoch(0, 1.0)[-2:][0][::world], device).sum().backward()
     model.zero_grad()
 
@@ -420,8 +420,8 @@ def train(args):
             # DDP averages the gradients, hence `scale`. A group smaller than the number of
             # processes goes whole to all of them.
             mine, scale = (group[rank::world], world) if len(group) >= world else (group, 1)
-            units = sum(len(data.targets[i]) for i in group)
-            halfway, whole = ctc_loss(net, data, mine, device) / units * scale
+            num_units = sum(len(data.targets[i]) for i in group)
+            halfway, whole = ctc_loss(net, data, mine, device) / num_units * scale
             (0.3 * halfway + 0.7 * whole).backward()            # these weights were not tuned
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
@@ -478,7 +478,7 @@ def parse(arguments=None):
         "input frames merged into one: 4 for 10 ms log-mel, 2 for 80 Hz tokens",
         choices=(1, 2, 4))
     add = flag_group(parser, "damage to the training input")
-    add("--time-masks", 8, "spans of time hidden, each up to 5 %% of the utterance and 0.2 s")
+    add("--time-masks", 8, "spans of time hidden, each up to 5%% of the utterance and 0.2 s")
     add("--codebook-masks", 0, "codebooks hidden, each for up to half of an utterance")
     add("--feature-masks", 1, "bands of the embedding hidden, each up to a third")
     add("--replace", 0.0, "share of tokens replaced by random codes")

@@ -193,6 +193,6 @@ def draw_questions(runs):
     axis.set(xlim=(None, FAR), ylim=(len(names), -1))
     fig.supxlabel("points of character error rate (test-clean) more than the reference, which is\n"
                   "RVQ tokens of the mel encoder unless a row says otherwise: left is better.\n"
-                  "Lines: 95 % intervals. Gray: two seeds of a command differ by up to "
+                  "Lines: 95% intervals. Gray: two seeds of a command differ by up to "
                   f"{max(apart):.1f}.", size=12)
     return fig

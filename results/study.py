@@ -55,6 +55,7 @@ quick run           log-mel                         runs/quick/masks-mel       -
 embedding tables    start as codebooks              runs/study/baseline        -
 embedding tables    start as shuffled codebooks     runs/study/shuffled        runs/study/baseline
 embedding tables    start at random                 runs/study/random          runs/study/baseline
+embedding tables    the same, ten times the rate    runs/study/random-fast     runs/study/baseline
 embedding tables    codebooks, never trained        runs/study/frozen          runs/study/baseline
 sum of embeddings   side by side instead            runs/study/stack           runs/study/baseline
 input               log-mel instead of tokens       runs/study/log-mel         runs/study/baseline
@@ -123,7 +124,7 @@ masks               only those of codebooks         runs/old/codebook-masks    r
 masks               only those of features          runs/old/feature-masks     runs/old/baseline
 noisy embedding     strength 0.3                    runs/old/noisy-0.3         runs/old/baseline
 noisy embedding     strength 1                      runs/old/noisy-1           runs/old/xeon
-noisy embedding     5 % of codes replaced           runs/old/replace           runs/old/baseline
+noisy embedding     5% of codes replaced           runs/old/replace           runs/old/baseline
 noise               tokens                          runs/old/xeon              -
 noise               tokens                          runs/old/baseline-1        -
 noise               tokens, trained in pink noise   runs/old/pink              runs/old/xeon
@@ -137,7 +138,7 @@ noise, others       no masks                        runs/old/no-masks          r
 noise, others       no masks, 12 epochs             runs/old/no-masks-12       runs/old/masks-12
 noise, others       time masks                      runs/old/time-masks        runs/old/xeon
 noise, others       feature masks                   runs/old/feature-masks     runs/old/xeon
-noise, others       5 % of codes replaced           runs/old/replace           runs/old/xeon
+noise, others       5% of codes replaced           runs/old/replace           runs/old/xeon
 noise, others       time encoder                    runs/old/time              runs/old/xeon
 languages           tokens: against log-mel         runs/cv/small              runs/cv/small-mel
 languages           log-mel                         runs/cv/small-mel          -
@@ -201,7 +202,7 @@ def rows_of(entries):
 # ----------------------------------------------------------------------------------------- tables
 
 def difference(run, base, test, words=False):
-    """CER (or WER) of a run minus that of another, and its 95 % interval, in points.
+    """CER (or WER) of a run minus that of another, and its 95% interval, in points.
 
     Speakers are resampled together.
     """
@@ -231,7 +232,7 @@ def tables(args):
             row = [f"{label}, seed {run['flags']['seed']}", test, percent(found, "wer"),
                    percent(found, "cer"), minus]
             answers.setdefault(question, []).append(row)
-    header = ["run", "test", "WER % (95 %)", "CER % (95 %)", "minus its reference (95 %)"]
+    header = ["run", "test", "WER % (95%)", "CER % (95%)", "minus its reference (95%)"]
     pages = [f"## {question}\n\n{table(header, rows)}" for question, rows in answers.items()]
     write_atomically(STUDY_FILE.with_name("tables.md"), "\n".join(pages))
     print(*pages, sep="\n")

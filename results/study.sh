@@ -8,7 +8,7 @@
 #     TEST="test-clean test-other" bash results/study.sh mini
 #
 # Except for headline, quick and lang, all runs are `tiny`, last 12 epochs, and hide nothing (no
-# masks). Older runs (runs/old in study.json) hid ten spans of time of up to 5 % of an utterance,
+# masks). Older runs (runs/old in study.json) hid ten spans of time of up to 5% of an utterance,
 # four codebooks and two bands, without self-conditioned CTC: they cannot be repeated exactly.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -21,6 +21,18 @@ codec() {       # NAME, flags: a codec in runs/study/codec-NAME
 }
 tokens() {      # NAME, CODEC, flags: tokens in runs/study/tokens-NAME
     python tokenize_corpus.py "${mini[@]}" --codec "$2/codec.pt" --out "runs/study/tokens-$1" "${@:3}"
+}
+tables() {      # NAME, CODE: runs/mini/tokens-NAME, whose tables start as CODE, in Python, says
+    local part=runs/mini/part-$1
+    [ -e "runs/mini/tokens-$1" ] && return
+    rm -rf "$part"
+    cp -r runs/mini/tokens "$part"
+    python - <<END
+import numpy as np
+codebooks = np.load("$part/codebooks.npy")          # (Q, K, D)
+np.save("$part/codebooks.npy", $2)
+END
+    mv "$part" "runs/mini/tokens-$1"
 }
 seed() {        # SEED, RUN, TOKENS, flags: a recognizer in RUN, and its report in RUN/eval
     python train_asr.py --seed "$1" --out "$2" --tokens "$3" "${@:4}"
@@ -48,11 +60,11 @@ mini)           # 45: codec, tokens and log-mel that most runs below use
     python tokenize_corpus.py "${mini[@]}" --codec runs/mini/codec/codec.pt --out runs/mini/tokens
     python tokenize_corpus.py "${mini[@]}" --features mel --out runs/mini/mel
     ;;
-headline)       # 150: the headline, on tokens (on one core of an AMD EPYC)
+headline)       # 150: the headline, on tokens; on one core of an AMD EPYC
     seed 0 runs/headline/asr runs/mini/tokens --size small --epochs 22
     python evaluate.py --asr runs/headline/asr --lm $lm --out runs/headline/asr/eval-lm
     ;;
-headline-mel)   # 150: the headline, on log-mel (likewise)
+headline-mel)   # 150: the headline, on log-mel; likewise
     seed 0 runs/headline/asr-mel runs/mini/mel --size small --epochs 22
     python evaluate.py --asr runs/headline/asr-mel --lm $lm --out runs/headline/asr-mel/eval-lm
     ;;
@@ -73,19 +85,15 @@ latent)         # 80: the latent before the quantizer
     asr latent runs/study/tokens-latent
     ;;
 shuffled)       # 80: tables start as codebooks, but each code has the row of another one
-    if [ ! -e runs/mini/tokens-shuffled ]; then
-        cp -r runs/mini/tokens runs/mini/tokens-part
-        python - <<'END'
-import numpy as np
-path = "runs/mini/tokens-part/codebooks.npy"                    # (Q, K, D)
-np.save(path, np.random.default_rng(0).permutation(np.load(path), axis=1))
-END
-        mv runs/mini/tokens-part runs/mini/tokens-shuffled
-    fi
+    tables shuffled "np.random.default_rng(0).permutation(codebooks, axis=1)"
     asr shuffled runs/mini/tokens-shuffled
     ;;
 random)         # 80: tables start at random, with the mean and deviation of the codebooks
     asr random runs/mini/tokens --embedding random
+    ;;
+random-fast)    # 80: the same at ten times the rate, as rows of a tenth of the size learn faster
+    tables fast "codebooks / 10"
+    asr random-fast runs/mini/tokens-fast --embedding random
     ;;
 frozen)         # 80: tables stay codebooks
     asr frozen runs/mini/tokens --embedding frozen
@@ -194,7 +202,7 @@ content)        # 5: what each codebook reveals
     ;;
 sound)          # 10: STOI and PESQ of decoded speech; needs pip install pystoi pesq, and fsq
     mkdir -p runs/adversarial
-    cp -n results/mini-librispeech/codec.pt runs/adversarial/
+    [ -e runs/adversarial/codec.pt ] || cp results/mini-librispeech/codec.pt runs/adversarial/
     python codec.py --corpus mini-librispeech --adversarial --steps 400 --batch 4 --crop 0.25 \
         --lr 0.0003 --out runs/adversarial
     python - results/mini-librispeech/codec.pt runs/study/codec-fsq/codec.pt runs/adversarial/codec.pt <<'END'
