@@ -37,7 +37,8 @@ def draw(path: Path):
         return listed or [(question, name, entry, None) for name, entry in entries.items()]
 
     figures = {
-        "learning": draw_lines(rows("runs", "headline"), learning, "epoch", CER,
+        "learning": draw_lines(rows("runs", "headline") + rows("runs", "embedding tables"),
+                               learning, "epoch", CER,
                                "Learning curves on dev speech, lower is better"),
         "bits": draw_lines(rows("runs", "bits"), bits, "kbit per second", CER,
                            "Error rate by bits, lower is better"),
@@ -78,26 +79,24 @@ def draw_lines(rows, points, xlabel, ylabel, title):
     if sum(len(line) for lines in panels.values() for line in lines.values()) < 2:
         return None
     fig, axes = canvas(title, 5 + 1.5 * len(panels), 5, len(panels))
-    colors = {}
+    colors, legend = {}, {}             # of each label
     for axis, (panel, lines) in zip(axes, panels.items()):
         for (label, _), line in lines.items():
             color = colors.setdefault(label, COLORS[len(colors) % len(COLORS)])
-            axis.plot(*zip(*sorted(line)), "o-", color=color, label=label)
+            (legend[label],) = axis.plot(*zip(*sorted(line)), "o-", color=color)
         axis.set(title=panel, xlabel=xlabel)
         if points == learning:
             axis.xaxis.get_major_locator().set_params(integer=True)
         if points == noise:
             axis.set_xticks([0, 10, 20, CLEAN], ["0", "10", "20", "clean"])
     axes[0].set_ylabel(ylabel)
-    handles, labels = axis.get_legend_handles_labels()
-    legend = dict(zip(labels, handles))                 # each label once
     fig.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=2)
     return fig
 
 
 def learning(run):
     for row in run["log"]:
-        yield "", row["epoch"], 100 * row["dev_cer"]
+        yield f"--size {run['flags']['size']}", row["epoch"], 100 * row["dev_cer"]
 
 
 def distance(codec):

@@ -55,7 +55,7 @@ quick run           log-mel                         runs/quick/masks-mel       -
 embedding tables    start as codebooks              runs/study/baseline        -
 embedding tables    start as shuffled codebooks     runs/study/shuffled        runs/study/baseline
 embedding tables    start at random                 runs/study/random          runs/study/baseline
-embedding tables    the same, ten times the rate    runs/study/random-fast     runs/study/baseline
+embedding tables    random, ten times the rate      runs/study/random-fast     runs/study/baseline
 embedding tables    codebooks, never trained        runs/study/frozen          runs/study/baseline
 sum of embeddings   side by side instead            runs/study/stack           runs/study/baseline
 input               log-mel instead of tokens       runs/study/log-mel         runs/study/baseline
