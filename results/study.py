@@ -89,18 +89,11 @@ codecs              time encoder, RVQ               runs/study/codec-time      -
 codecs              time encoder, FSQ               runs/study/codec-time-fsq  -
 content             RVQ                             runs/study/baseline        -
 content             FSQ                             runs/study/fsq             -
-quick run           tokens: against log-mel         runs/quick/rvq             runs/quick/mel
-quick run           log-mel                         runs/quick/mel             -
 quick run           log-mel, 100 Hz to 25           runs/quick/mel10           runs/quick/mel
 quick run           latent of FSQ, not its codes    runs/quick/latent          runs/quick/fsq-3
 quick run           9.5 hours of speech, not 5.3    runs/more/asr              runs/quick/rvq
-older embedding     start as codebooks              runs/old/baseline          -
-older embedding     start at random                 runs/old/random            runs/old/xeon
-older embedding     start at random                 runs/old/random-1          runs/old/baseline-1
-older embedding     start at random, no masks       runs/old/random-no-masks   runs/old/no-masks
 older embedding     codebooks, never trained        runs/old/frozen            runs/old/baseline
-sum of embeddings   side by side instead            runs/old/stack             runs/old/baseline
-older input         log-mel instead of tokens       runs/old/log-mel           runs/old/xeon
+sum of embeddings   the same, older recipe          runs/old/stack             runs/old/baseline
 bits                first codebooks alone: 1        runs/old/codebooks-1       runs/old/baseline
 bits                first codebooks alone: 2        runs/old/codebooks-2       runs/old/baseline
 bits                first codebooks alone: 4        runs/old/codebooks-4       runs/old/baseline
