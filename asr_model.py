@@ -72,7 +72,7 @@ class Augment:
         return (~(hidden[..., None] & which[:, :, None]).any(1)).float()
 
     def hide(self, emb: Tensor, token_len: Tensor) -> Tensor:
-        """Noise and masks on emb (B, T, D), whose dimensions have mean 0 and deviation 1."""
+        """Noise and masks on emb (B, T, D), of mean 0 and deviation about 1."""
         _, steps, width = emb.shape
         uniform = 2 * torch.rand_like(emb) - 1                                  # deviation 3^-0.5
         emb = emb + 3 ** 0.5 * self.noisy_embedding * self.strength * uniform
@@ -218,8 +218,8 @@ class CodecASR(nn.Module):
             self.embedding.tables.copy_(tables[:self.num_codebooks].flatten(0, 1))
             emb = self.embedding(sample[None], torch.ones(1, *sample.shape))[0]
         self.mean.copy_(emb.mean(0))
-        # A dimension that hardly varies stays small. With "stack", one deviation serves
-        # all dimensions: the last codebooks of RVQ are small and carry little.
+        # A dimension that hardly varies stays small. With "stack", one deviation serves all
+        # dimensions: the last codebooks of RVQ are small and carry little.
         deviation = emb.std(0).clamp(min=0.1 * emb.std())
         if self.num_codebooks and self.embedding.aggregate == "stack":
             deviation = (emb - self.mean).square().mean().sqrt()

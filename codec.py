@@ -5,7 +5,7 @@ out  runs/codec/codec.pt        the codec, in half precision: all that the other
      runs/codec/resume.pt       the state of training; the same command continues from it
      runs/codec/report.json     how well the codec reproduces 32 random pieces of dev audio
      runs/codec/log.jsonl       the losses, every 100 steps
-     runs/codec/skipped.txt     audio that (the first process) could not read since the last start
+     runs/codec/skipped.txt     audio that the first process could not read since the last start
 
     python codec.py                                               # synthetic speech, a few minutes
     python codec.py --corpus mini-librispeech --steps 6000 --batch 16 --out runs/mini/codec
@@ -406,7 +406,7 @@ def write_atomically(path: Path, data, save: Callable = write_text):
     temporary = path.with_name(f".part-{path.name}")
     try:
         save(temporary, data)
-    except (RuntimeError, TypeError) as error:          # of torch: the disk is full; of soundfile
+    except (RuntimeError, TypeError) as error:          # torch's on a full disk; soundfile's
         raise ValueError(f"{path}: cannot be written ({error})")
     os.replace(temporary, path)
 

@@ -116,7 +116,7 @@ class Recognizer:
         if not self.beam_search:
             return greedy(self.units, log_probs[0])
         words = []
-        # A minute at a time, as the search keeps all hypotheses that it tried.
+        # A minute (at 40 Hz) at a time, as the search keeps all hypotheses that it tried.
         for part in (log_probs - self.prior).split(2400, 1):
             for best in self.beam_search(part)[0]:
                 words += best.words

@@ -236,7 +236,7 @@ class GroupFSQ(nn.Module):
         rounding gives exactly that many values (Mentzer et al., section 3.1).
         """
         groups = latent.float().transpose(1, 2).unflatten(2, (self.num_codebooks, -1))
-        half = (self.levels - 1) * (1 + 1e-3) / 2       # slightly more: atanh of 2 levels is finite
+        half = (self.levels - 1) * (1 + 1e-3) / 2       # 1e-3: atanh stays finite for 2 levels
         offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
         shift = torch.atanh(offset / half)                  # a latent of 0 becomes the value 0
         return torch.tanh(groups + shift) * half - offset + self.levels // 2

@@ -227,7 +227,7 @@ class FrontEnd:
     """Turns audio into the recognizer's input: a codec's tokens, its latent, or log-mel."""
 
     def __init__(self, features: str, codec_path: str | Path, hop: int, device: str):
-        """features: tokens, latent or mel; hop: of mel, as a codec has its own."""
+        """features: tokens, latent or mel; hop: for mel only, as a codec has its own."""
         self.features, self.device = features, device
         self.meta = {"features": features, "sample_rate": SAMPLE_RATE, "hop": hop,
                      "codebooks": 0, "codebook_size": 0, "bitrate": 0}

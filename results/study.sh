@@ -91,7 +91,7 @@ shuffled)       # 80: tables start as codebooks, but each code has the row of an
 random)         # 80: tables start at random, with the mean and deviation of the codebooks
     asr random runs/mini/tokens --embedding random
     ;;
-random-fast)    # 80: the same at ten times the rate, as rows of a tenth of the size learn faster
+random-fast)    # 80: the same at ten times the rate, as rows a tenth as long learn faster
     tables fast "codebooks / 10"
     asr random-fast runs/mini/tokens-fast --embedding random
     ;;
