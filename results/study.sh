@@ -160,6 +160,10 @@ time-fsq)       # 125: the time-domain encoder, with FSQ
     tokens time-fsq runs/study/codec-time-fsq
     asr time-fsq runs/study/tokens-time-fsq
     ;;
+encodec)        # ?: four codebooks of EnCodec, 3 kbit/s; needs pip install encodec, and a network
+    python tokenize_corpus.py "${mini[@]}" --codec encodec --out runs/study/tokens-encodec
+    asr encodec runs/study/tokens-encodec --codebooks 4 --subsampling 2
+    ;;
 pink)           # 90: one copy of each utterance in pink noise
     tokens pink runs/mini/codec --noise pink --snr 0 20
     asr pink runs/study/tokens-pink
