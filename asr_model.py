@@ -79,6 +79,7 @@ class Augment:
         widest = (token_len / 20).clamp(max=self.longest_mask)
         hidden = self.spans(steps, token_len, self.time_masks, widest).any(1)       # (B, T)
         emb = emb.masked_fill(hidden[:, :, None], 0.0)
+        # The same along D, where every utterance is `width` long.
         widths = torch.full_like(token_len, width)
         hidden = self.spans(width, widths, self.feature_masks, widths / 3).any(1)       # (B, D)
         return emb.masked_fill(hidden[:, None], 0.0)
@@ -92,7 +93,7 @@ class TokenEmbedding(nn.Module):
     def __init__(self, num_codebooks: int, codebook_size: int, dim: int, aggregate: str):
         super().__init__()
         self.aggregate, self.codebook_size = aggregate, codebook_size
-        self.tables = nn.Parameter(torch.randn(num_codebooks * codebook_size, dim))
+        self.tables = nn.Parameter(torch.randn(num_codebooks * codebook_size, dim))  # (Q * K, D)
         offset = torch.arange(num_codebooks) * codebook_size
         self.register_buffer("offset", offset, persistent=False)
         self.out_dim = dim * num_codebooks if aggregate == "stack" else dim
@@ -149,7 +150,7 @@ class Convolution(nn.Module):
     def forward(self, y: Tensor, real: Tensor) -> Tensor:
         """y (B, T, C), real (B, T, 1) -> (B, T, C)."""
         y = F.glu(self.gate(self.norm(y)), -1) * real           # the kernel reaches into padding
-        y = self.depthwise(y.transpose(1, 2)).transpose(1, 2)
+        y = self.depthwise(y.mT).mT
         return self.out(F.silu(self.after(y)))
 
 
@@ -248,7 +249,7 @@ class CodecASR(nn.Module):
         y, out_len = self.project(self.embed(tokens, token_len)), token_len         # (B, T, C)
         for layer in self.subsample:
             y = y * real_steps(y.shape[1], out_len)[:, :, None]
-            y = F.silu(layer(y.transpose(1, 2))).transpose(1, 2)
+            y = F.silu(layer(y.mT)).mT
             out_len = (out_len + 1) // 2
         real = real_steps(y.shape[1], out_len)                                      # (B, T')
         cos, sin = self.angles(y.shape[1], y.device)

@@ -39,10 +39,10 @@ import shlex
 import shutil
 import socket
 import sys
-import tarfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -54,7 +54,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchaudio
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from quantizers import GroupFSQ, Quantized, ResidualVQ, usage_and_perplexity
@@ -63,11 +62,7 @@ SAMPLE_RATE = 16_000
 
 # Channels of the time encoder's first layer, of the mel encoder and of the decoder; blocks of the
 # last two. `tiny` and `small` train on a laptop; `base` needs a GPU.
-SIZES = {
-    "tiny": dict(time=16, mel=128, decoder=128, blocks=2),
-    "small": dict(time=32, mel=192, decoder=256, blocks=4),
-    "base": dict(time=64, mel=384, decoder=512, blocks=6),
-}
+SIZES = {"tiny": (16, 128, 128, 2), "small": (32, 192, 256, 4), "base": (64, 384, 512, 6)}
 
 
 # ---------------------------------------------------------------------------------------- encoders
@@ -81,10 +76,9 @@ def conv(channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> n
 class Residual(nn.Module):
     """y + conv(act(conv(act(y)))), (B, C, T) -> (B, C, T)."""
 
-    def __init__(self, channels: int, inner: int, act=nn.ELU):
+    def __init__(self, channels: int, inner: int, act: nn.Module):
         super().__init__()
-        self.body = nn.Sequential(
-            act(), conv(channels, inner, 3), act(), conv(inner, channels, 1))
+        self.body = nn.Sequential(act, conv(channels, inner, 3), act, conv(inner, channels, 1))
 
     def forward(self, y: Tensor) -> Tensor:
         return y + self.body(y)
@@ -95,12 +89,11 @@ class LogMel(nn.Module):
 
     def __init__(self, n_fft: int, hop: int, n_mels: int):
         super().__init__()
-        self.hop = hop
         self.mel = torchaudio.transforms.MelSpectrogram(
             SAMPLE_RATE, n_fft, hop_length=hop, n_mels=n_mels, pad_mode="constant")
 
     def forward(self, wav: Tensor) -> Tensor:
-        mel = self.mel(wav)[..., :wav.shape[1] // self.hop]
+        mel = self.mel(wav)[..., :wav.shape[1] // self.mel.hop_length]
         return mel.clamp(min=1e-5).log()
 
 
@@ -115,17 +108,17 @@ class MelEncoder(nn.Module):
     The final BatchNorm gives every dimension of the latent mean 0 and deviation 1, so that the
     codes are in use from the first step. In evaluation, scale and shift are fixed.
     """
-    chunk = 600         # token frames encoded at once: bounds memory
+    chunk = 600         # token frames that Codec.chunks encodes at once: bounds memory
 
-    def __init__(self, dim: int, strides: list[int], channels: int, blocks: int):
+    def __init__(self, dim: int, hop: int, channels: int, blocks: int):
         super().__init__()
-        mel_hop = math.prod(strides) // 2
-        self.mel = LogMel(mel_window(mel_hop), mel_hop, 80)
-        # Token frames seen on each side: one per block, half a mel window, and a few to spare.
-        self.context = blocks + 3 + mel_window(mel_hop) // (2 * mel_hop)
+        window = mel_window(hop // 2)
+        self.mel = LogMel(window, hop // 2, 80)
+        # Token frames seen on each side: one per block, a mel window, and some to spare.
+        self.context = blocks + 3 + window // hop
         self.net = nn.Sequential(
             conv(80, channels, 4, stride=2),
-            *(Residual(channels, channels) for _ in range(blocks)),
+            *(Residual(channels, channels, nn.ELU()) for _ in range(blocks)),
             nn.ELU(), conv(channels, dim, 1), nn.BatchNorm1d(dim, affine=False))
 
     def forward(self, wav: Tensor) -> Tensor:
@@ -151,16 +144,16 @@ class TimeEncoder(nn.Module):
 
     def __init__(self, dim: int, strides: list[int], channels: int):
         super().__init__()
-        act = partial(nn.LeakyReLU, 0.1)
+        act = nn.LeakyReLU(0.1)
         layers = [conv(1, channels, 4 * strides[0], strides[0])]
         for stride in strides[1:]:
-            layers += [Residual(channels, channels // 2, act), act(),
+            layers += [Residual(channels, channels // 2, act), act,
                        conv(channels, 2 * channels, 2 * stride, stride)]
             channels *= 2
         self.down = nn.Sequential(*layers)
         self.norm = nn.LayerNorm(channels)
         self.top = nn.Sequential(
-            Residual(channels, channels, act), Residual(channels, channels, act), act(),
+            Residual(channels, channels, act), Residual(channels, channels, act), act,
             conv(channels, dim, 3), nn.BatchNorm1d(dim, affine=False))
         for layer in self.modules():
             if isinstance(layer, nn.Conv1d):
@@ -169,7 +162,7 @@ class TimeEncoder(nn.Module):
 
     def forward(self, wav: Tensor) -> Tensor:
         y = self.down(4 * wav[:, None])         # recordings are quiet: about deviation 0.3
-        y = self.norm(y.transpose(1, 2)).transpose(1, 2)
+        y = self.norm(y.mT).mT                  # over C; .mT swaps the last two axes
         return self.top(y)
 
 
@@ -188,8 +181,8 @@ class ConvNeXt(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         """(B, C, T) -> (B, C, T)."""
-        frames = self.depthwise(y).transpose(1, 2)
-        return y + (self.frame(frames) * self.scale).transpose(1, 2)
+        frames = self.depthwise(y).mT
+        return y + (self.frame(frames) * self.scale).mT
 
 
 class Decoder(nn.Module):
@@ -210,15 +203,15 @@ class Decoder(nn.Module):
         self.widen = conv(wide, slim * self.up, 3)
         self.fast = nn.Sequential(*(ConvNeXt(slim) for _ in range(blocks)))
         self.head = nn.Sequential(nn.LayerNorm(slim), nn.Linear(slim, self.n_fft + 2))
-        self.register_buffer("window", torch.hann_window(self.n_fft), persistent=False)
 
     def forward(self, latent: Tensor) -> Tensor:
         y = self.widen(self.slow(latent))                               # (B, slim * up, T)
-        y = y.unflatten(1, (-1, self.up)).transpose(2, 3).flatten(2)    # (B, slim, T * up)
-        y = self.head(self.fast(y).transpose(1, 2)).transpose(1, 2)     # (B, n_fft + 2, T * up)
+        y = y.unflatten(1, (-1, self.up)).mT.flatten(2)                 # (B, slim, T * up)
+        y = self.head(self.fast(y).mT).mT                               # (B, n_fft + 2, T * up)
         log_magnitude, phase = y.chunk(2, dim=1)
         spectrum = torch.polar(log_magnitude.clamp(max=5).exp(), phase)
-        return torch.istft(spectrum, self.n_fft, self.spectrum_hop, window=self.window,
+        window = torch.hann_window(self.n_fft, device=y.device)
+        return torch.istft(spectrum, self.n_fft, self.spectrum_hop, window=window,
                            length=y.shape[2] * self.spectrum_hop)
 
 
@@ -247,12 +240,13 @@ class Codec(nn.Module):
             self.quantizer = ResidualVQ(128, codebooks, codebook_size)
         else:
             self.quantizer = GroupFSQ(codebooks)
-        width, dim = SIZES[size], self.quantizer.dim
+        time_width, mel_width, decoder_width, blocks = SIZES[size]
+        dim = self.quantizer.dim
         if encoder == "mel":
-            self.encoder = MelEncoder(dim, strides, width["mel"], width["blocks"])
+            self.encoder = MelEncoder(dim, self.hop, mel_width, blocks)
         else:
-            self.encoder = TimeEncoder(dim, strides, width["time"])
-        self.decoder = Decoder(dim, self.hop, width["decoder"], width["blocks"])
+            self.encoder = TimeEncoder(dim, strides, time_width)
+        self.decoder = Decoder(dim, self.hop, decoder_width, blocks)
 
     @property
     def frame_rate(self) -> float:
@@ -295,9 +289,8 @@ class Codec(nn.Module):
     def chunks(self, wav: Tensor) -> Iterator[Tensor]:
         """Latent of one chunk after another, each with as much context as the encoder sees."""
         chunk, context = self.encoder.chunk, self.encoder.context
-        frames = -(-wav.shape[1] // self.hop)
-        wav = F.pad(wav, (0, frames * self.hop - wav.shape[1]))
-        for start in range(0, frames, chunk):
+        wav = F.pad(wav, (0, -wav.shape[1] % self.hop))         # to whole frames
+        for start in range(0, wav.shape[1] // self.hop, chunk):
             first = max(0, start - context)
             part = wav[:, first * self.hop:(start + chunk + context) * self.hop]
             yield self.encoder(part)[..., start - first:start - first + chunk]
@@ -340,7 +333,7 @@ class MelDistance(nn.Module):
         total = 0.0
         for mel in self.mels:
             difference = (mel(wav) - mel(other)) / 2    # log amplitude is half of log energy
-            total = total + difference.abs().mean() + difference.square().mean()
+            total += difference.abs().mean() + difference.square().mean()
         return total / len(self.mels)
 
 
@@ -356,7 +349,7 @@ class Discriminator(nn.Module):
             spectrogram = torchaudio.transforms.Spectrogram(
                 n_fft, hop_length=n_fft // 4, power=None, normalized="frame_length",
                 pad_mode="constant")
-            layers = [spectrogram, nn.Conv2d(2, 32, (3, 9), padding=(1, 4))]
+            layers = [spectrogram, nn.Conv2d(2, 32, (3, 9), padding="same")]
             for dilation in 1, 2, 4:
                 layers.append(nn.Conv2d(32, 32, (3, 9), stride=(1, 2), padding=(dilation, 4),
                                         dilation=(dilation, 1)))
@@ -383,7 +376,7 @@ def generator_losses(discriminator: Discriminator, wav: Tensor, made: Tensor) ->
     scores, matching = [], []
     for theirs, ours in zip(real, discriminator(made)):
         scores.append((ours[-1] - 1).square().mean())
-        matching += [(a - b).abs().mean() / b.abs().mean() for a, b in zip(ours[:-1], theirs)]
+        matching += [F.l1_loss(a, b) / b.abs().mean() for a, b in zip(ours[:-1], theirs)]
     return {"adversarial": sum(scores) / len(scores), "matching": sum(matching) / len(matching)}
 
 
@@ -392,7 +385,7 @@ def discriminator_loss(discriminator: nn.Module, wav: Tensor, made: Tensor) -> T
     total = 0.0
     for layers in discriminator(torch.cat([wav, made.detach()])):
         real, fake = layers[-1].chunk(2)
-        total = total + (real - 1).square().mean() + fake.square().mean()
+        total += (real - 1).square().mean() + fake.square().mean()
     return total / len(Discriminator.WINDOWS)
 
 
@@ -436,24 +429,25 @@ def save_skipped(path: Path, messages: list[str]):
 
 def load_checkpoint(path: str | Path, kind: str) -> dict:
     """Raises ValueError unless path holds a checkpoint of this kind. Runs no code from the file."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file; train it first, or give its path")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["kind"] == kind:
             return saved
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; train it first, or give its path")
     except Exception:                   # torch raises many types for a damaged file
         pass
     raise ValueError(f"{path}: damaged, or not a {kind} checkpoint of this project")
 
 
-def check_same_flags(path: Path, flags: dict, args, *free: str):
-    """A run resumes only with the flags it began with, except for those that are free; --steps and
-    --epochs may grow."""
-    for name, now in vars(args).items():
-        grown = name in ("steps", "epochs") and now > flags[name]
-        if name not in ("device", "out", *free) and now != flags[name] and not grown:
-            raise ValueError(f"{path} was trained with --{name.replace('_', '-')} {flags[name]}, "
+def check_same_flags(path: Path, flags: dict, args):
+    """A run resumes only with the flags that it began with, which its checkpoint in path holds;
+    but --steps and --epochs may grow, and folders and device may change."""
+    for name, before in flags.items():
+        now = vars(args)[name]
+        grown = name in ("steps", "epochs") and now > before
+        if name not in ("device", "out", "tokens") and now != before and not grown:
+            raise ValueError(f"{path} was trained with --{name.replace('_', '-')} {before}, "
                              f"not {now}: give another --out, or delete {path.parent}")
 
 
@@ -490,8 +484,7 @@ def refuse_idle(parser: ArgumentParser, args, why: str, *names: str):
 
 
 def pick_device(name: str) -> str:
-    found = torch.accelerator.current_accelerator(check_available=True)
-    best = found.type if found else "cpu"
+    best = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if name not in ("auto", "cpu", best):
         raise ValueError(f"--device {name}: not available here; try --device cpu")
     return best if name == "auto" else name
@@ -525,21 +518,22 @@ def run_stage(stage: Callable, args):
 
 # ---------------------------------------------------------------------------------------- training
 
+@dataclass
 class Crops:
     """Random crops of audio files. Crop n depends on seed and n alone, so that runs can resume."""
-
-    def __init__(self, files: list[Path], seed: int, length: int, batch: int):
-        self.files = [*dict.fromkeys(files)]        # each once: a manifest may repeat them
-        self.seed, self.length, self.batch = seed, length, batch
-        self.unreadable = {}            # path: why
+    files: list[Path]           # each once
+    seed: int
+    length: int                 # of a crop, in samples
+    batch: int                  # crops per step, over all processes
+    unreadable: dict[Path, str] = field(default_factory=dict)       # path: why
 
     def __getitem__(self, number: int) -> Tensor:
         """-> wav (length,). A file that cannot be read is replaced by another."""
         rng = np.random.default_rng((self.seed, number))
         while len(self.unreadable) < len(self.files):
-            path, at = self.files[rng.integers(len(self.files))], rng.random()
+            path = self.files[rng.integers(len(self.files))]
             try:
-                wav = read_audio(path, self.length / SAMPLE_RATE, at=at)
+                wav = read_audio(path, self.length / SAMPLE_RATE, at=rng.random())
                 return F.pad(wav, (0, self.length - len(wav)))      # or cut
             except ValueError as error:
                 self.unreadable[path] = str(error)
@@ -582,9 +576,9 @@ def optimize(loss: Tensor, optimizer: torch.optim.Optimizer, lr: float):
 
 
 def log_row(recent: list[tuple], codebook_size: int) -> dict:
-    """Mean losses since the last call, and how evenly the codes were used."""
+    """recent: losses and tokens of some steps -> mean losses, and how evenly codes were used."""
     losses, tokens = zip(*recent)
-    row = {name: np.mean([each[name].item() for each in losses]).item() for name in losses[0]}
+    row = {name: sum(each[name].item() for each in losses) / len(losses) for name in losses[0]}
     if not math.isfinite(sum(row.values())):
         raise ValueError("the loss is no longer finite: try a lower --lr, or look for odd audio")
     usage, perplexity = usage_and_perplexity(torch.cat(tokens, 2), codebook_size)
@@ -597,16 +591,17 @@ def resume_codec(out: Path, args) -> dict | None:
     `--adversarial` on a codec that was finished without it trains its decoder alone, in a new run
     with its own --steps, --batch and so on.
     """
-    # A published codec comes without its resume.pt.
-    found = [path for path in (out / "resume.pt", out / "codec.pt") if path.exists()]
-    if not found:
+    path = out / "resume.pt"
+    if not path.exists():
+        path = out / "codec.pt"         # a published codec comes without its resume.pt
+    if not path.exists():
         return None
-    saved = load_checkpoint(found[0], "codec")
-    flags, free = saved["flags"], ["reconstruct", "codec"]
+    saved = load_checkpoint(path, "codec")
+    flags = saved["flags"]
     if args.adversarial and not flags["adversarial"] and saved["step"] == flags["steps"]:
         saved |= {"decoder_only": True, "step": 0, "log": [], "optimizers": []}
-        free += ["adversarial", "corpus", "train", "dev", "steps", "batch", "crop", "lr", "seed"]
-    check_same_flags(found[0], flags, args, *free)
+        flags = saved["config"]         # these must stay; the others are those of a new run
+    check_same_flags(path, flags, args)
     return saved
 
 
@@ -614,7 +609,7 @@ def train(args):
     device, rank, world = start_processes(args.device)
     if args.batch % world:
         raise ValueError(f"--batch {args.batch}: must be a multiple of the {world} processes")
-    # {role: {subset: folders that have it}}
+    # {role, such as train: {subset, such as train-clean-5: the folders that have it}}
     corpus = find_subsets(args.corpus, train=args.train, dev=args.dev)
     files, dev = audio_files(corpus["train"]), audio_files(corpus["dev"])
     torch.manual_seed(args.seed)
@@ -622,11 +617,11 @@ def train(args):
                   args.size).to(device)
     discriminator, mel_distance = Discriminator().to(device), MelDistance().to(device)
     # At least two frames, for BatchNorm.
-    length = max(2, round(args.crop * SAMPLE_RATE / codec.hop)) * codec.hop
+    length = max(2, round(args.crop * codec.frame_rate)) * codec.hop
     crops = Crops(files, args.seed, length, args.batch)
 
     nets = [codec, discriminator]       # the discriminator learns only with --adversarial
-    optimizers = [torch.optim.AdamW(net.parameters(), args.lr, betas=(0.8, 0.99)) for net in nets]
+    optimizers = [torch.optim.AdamW(net.parameters(), betas=(0.8, 0.99)) for net in nets]
     out, start, log, decoder_only = Path(args.out), 0, [], False
     saved = resume_codec(out, args)
     if saved:
@@ -643,7 +638,7 @@ def train(args):
         codec.encoder.eval().requires_grad_(False)
         codec.quantizer.learning = False
     if world > 1:
-        nets = [DistributedDataParallel(net) for net in nets]
+        nets = [nn.parallel.DistributedDataParallel(net) for net in nets]
     codec_net, discriminator_net = nets
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -662,7 +657,7 @@ def train(args):
             lr = learning_rate(step, args)
 
             made, quantized = codec_net(wav)
-            losses = {"mel": mel_distance(wav, made), "wave": (wav - made).abs().mean(),
+            losses = {"mel": mel_distance(wav, made), "wave": F.l1_loss(made, wav),
                       "quantizer": quantized.loss}
             if args.adversarial:
                 if step % 3 < 2:        # the discriminator learns in two of every three steps
@@ -673,36 +668,36 @@ def train(args):
             recent.append(({name: value.detach() for name, value in losses.items()},
                            quantized.tokens))
 
-            if (step + 1) % 100 == 0 or step + 1 == args.steps:
-                log.append({"step": step + 1} | log_row(recent, codec.quantizer.codebook_size))
+            done = step + 1
+            if done % 100 == 0 or done == args.steps:
+                log.append({"step": done} | log_row(recent, codec.quantizer.codebook_size))
                 recent.clear()
                 if rank == 0:
                     tqdm.write(" | ".join(f"{key} {value:.4g}" for key, value in log[-1].items()))
                     state = {"kind": "codec", "config": codec.config, "flags": vars(args),
-                             "decoder_only": decoder_only, "step": step + 1, "log": log,
+                             "decoder_only": decoder_only, "step": done, "log": log,
                              "model": codec.state_dict()}
                     save_run(out, state, discriminator=discriminator.state_dict(),
                              optimizers=[item.state_dict() for item in optimizers])
     if rank == 0:
         dev_crops = Crops(dev, 0, 100 * codec.hop, 32)          # 2.5 s each at 40 Hz
         if dev:
-            report(Codec.load(out / "codec.pt", device), dev_crops, out)
+            report(Codec.load(out / "codec.pt"), dev_crops, out)
         save_skipped(out / "skipped.txt", [*(crops.unreadable | dev_crops.unreadable).values()])
-        command = ["tokenize_corpus.py", "--corpus", *args.corpus]
-        for name in "train", "dev":
+        command = ["tokenize_corpus.py", "--codec", out / "codec.pt",
+                   "--out", out.parent / "tokens"]
+        for name in "corpus", "train", "dev":
             if getattr(args, name):
                 command += [f"--{name}", *getattr(args, name)]
-        command += ["--codec", out / "codec.pt", "--out", out.parent / "tokens"]
         print(f"wrote {out / 'codec.pt'}; next: python {shlex.join(map(str, command))}")
 
 
 @torch.inference_mode()
 def report(codec: Codec, crops: Crops, out: Path):
     """Mel distance, usage and perplexity on one batch of dev audio -> out/report.json."""
-    device = codec.codebooks().device
-    wav = crops.batch_of(0).to(device)
+    wav = crops.batch_of(0)
     tokens = codec.encode(wav)
-    mel_distance = MelDistance().to(device)(wav, codec.decode(tokens))
+    mel_distance = MelDistance()(wav, codec.decode(tokens))
     # One row of the log, from this batch alone.
     row = log_row([({"mel_distance": mel_distance}, tokens)], codec.quantizer.codebook_size)
     text = json.dumps(row | {"fingerprint": codec.fingerprint}, indent=1)
@@ -720,7 +715,7 @@ def reconstruct(args):
                          f"{codec.quantizer.num_codebooks}")
     wav = read_audio(source)
     tokens = codec.encode(wav[None].to(device))[:, :args.codebooks or None]
-    made = codec.decode(tokens)[0, :len(wav)].cpu().clamp(-1, 1)
+    made = codec.decode(tokens)[0, :len(wav)].cpu()
     write_atomically(target, made.numpy(), partial(sf.write, samplerate=SAMPLE_RATE))
     print(f"wrote {target}: {tokens.shape[2]} frames of {tokens.shape[1]} tokens")
 
@@ -754,17 +749,13 @@ def read_audio(path: str | Path, seconds: float | None = None, at: float = 0.0) 
             if seconds:
                 wanted = min(file.frames, math.ceil(seconds * rate))
                 file.seek(int(at * (file.frames - wanted)))
-            blocks, left = [np.zeros(0, np.float32)], wanted
-            # In blocks, because the length that a damaged header promises may not fit in memory.
-            while left > 0 and len(block := file.read(min(left, 1 << 20), "float32", True)):
-                blocks.append(block.mean(1))
-                left -= len(block)
+            wav = file.read(wanted, "float32", always_2d=True).mean(1)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}")
-    except (RuntimeError, TypeError) as error:              # TypeError: headerless .raw
+    # TypeError: headerless .raw; MemoryError: a damaged header that promises terabytes.
+    except (RuntimeError, TypeError, MemoryError) as error:
         raise ValueError(f"{path}: not readable as audio ({str(error).splitlines()[0]}); other "
                          f"formats: ffmpeg -i in.m4a out.wav")
-    wav = np.concatenate(blocks)
     check_sound(path, wav, wanted, rate)
     return torchaudio.functional.resample(torch.from_numpy(wav), rate, SAMPLE_RATE)
 
@@ -795,20 +786,18 @@ def find_subsets(corpora: list[str], **asked: list[str]) -> dict[str, dict[str, 
     empty list stands for the usual ones, as far as they exist. Each corpus must have some subset.
     """
     found = {role: {} for role in asked}
-    for corpus in dict.fromkeys(corpora):
+    for corpus in corpora:
         name, usual = CORPORA.get(corpus, (corpus, CORPORA["synthetic"][1]))
-        folder, wanted = Path(name), {role: asked[role] or usual[role] for role in asked}
+        folder = Path(name)
+        wanted = [(role, subset) for role in asked for subset in asked[role] or usual[role]]
         prepare(corpus, folder, wanted)
-        empty = True
-        for role, subsets in wanted.items():
-            for subset in subsets:
-                if find_audio(folder, subset):
-                    folders = found[role].setdefault(subset, [])
-                    if folder not in folders:
-                        folders.append(folder)
-                    empty = False
-        if empty:
+        there = [(role, subset) for role, subset in wanted if find_audio(folder, subset)]
+        if not there:
             raise ValueError(nothing_found(folder, wanted))
+        for role, subset in there:
+            folders = found[role].setdefault(subset, [])
+            if folder not in folders:
+                folders.append(folder)
     for role, subsets in asked.items():
         for subset in subsets:
             if subset not in found[role] or ".." in subset or os.path.isabs(subset):
@@ -816,13 +805,13 @@ def find_subsets(corpora: list[str], **asked: list[str]) -> dict[str, dict[str, 
     return found
 
 
-def prepare(corpus: str, folder: Path, wanted: dict[str, list[str]]):
-    """Make or download a named corpus, unless it is already there."""
+def prepare(corpus: str, folder: Path, wanted: list[tuple[str, str]]):
+    """Make or download a named corpus, unless it is already there. wanted: (role, subset) pairs."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         if corpus == "synthetic":
             make_synthetic(folder)
         elif corpus in CORPORA:
-            for subset in sum(wanted.values(), []):
+            for _, subset in wanted:
                 fetch_librispeech(folder, subset)
     if dist.is_initialized():
         dist.barrier()                  # the other processes wait until the corpus is there
@@ -830,20 +819,23 @@ def prepare(corpus: str, folder: Path, wanted: dict[str, list[str]]):
         raise ValueError(f"--corpus {corpus}: no such folder, and none of {', '.join(CORPORA)}")
 
 
-def nothing_found(folder: Path, wanted: dict[str, list[str]]) -> str:
+def nothing_found(folder: Path, wanted: list[tuple[str, str]]) -> str:
     """What was looked for, and what is there."""
-    names = ", ".join(sum(wanted.values(), []))
+    names = ", ".join(subset for _, subset in wanted)
     there = sorted(os.listdir(folder))
     return (f"{folder}: no audio of the subsets {names}. A subset NAME is a folder NAME/ with "
             f"audio, a manifest NAME.jsonl, or */*/transcript_NAME.txt; {folder} holds "
             f"{', '.join(there[:6]) or 'nothing'}{', ...' * (len(there) > 6)}. Name your subsets "
-            f"with {' and '.join(f'--{role}' for role in wanted)}; . is {folder} itself")
+            f"with {' and '.join(f'--{role}' for role in dict(wanted))}; . is {folder} itself")
 
 
 def audio_files(subsets: dict[str, list[Path]]) -> list[Path]:
-    """{subset: [folders that have it]} -> their files."""
-    return [path for subset, folders in subsets.items() for folder in folders
-            for path in find_audio(folder, subset)]
+    """{subset: [folders that have it]} -> their files, each once: a manifest may repeat them."""
+    files = {}
+    for subset, folders in subsets.items():
+        for folder in folders:
+            files |= dict.fromkeys(find_audio(folder, subset))
+    return [*files]
 
 
 def find_audio(folder: Path, subset: str) -> list[Path]:
@@ -853,11 +845,10 @@ def find_audio(folder: Path, subset: str) -> list[Path]:
     if manifest.is_file():
         rows, _ = read_manifest(manifest)
         return [manifest.parent / row["audio_filepath"] for row in rows]
-    lists = sorted(folder.glob(f"*/*/transcript_{subset}.txt"))
-    if lists:
-        return [path.parent / "wav" / f"{words[0]}.wav" for path in lists
-                for words in read_lines(path)]
-    return audio_below(folder / subset)
+    listed = [path.parent / "wav" / f"{words[0]}.wav"
+              for path in sorted(folder.glob(f"*/*/transcript_{subset}.txt"))
+              for words in read_lines(path)]
+    return listed or audio_below(folder / subset)
 
 
 def audio_below(folder: Path) -> list[Path]:
@@ -992,8 +983,7 @@ def fetch_librispeech(folder: Path, subset: str):
     if found != MD5[subset]:
         archive.unlink()
         raise ValueError(f"{url}: checksum {found} instead of {MD5[subset]}; run again")
-    with tarfile.open(archive) as tar:
-        tar.extractall(part, filter="data")         # refuses paths and links that lead outside
+    shutil.unpack_archive(archive, part, filter="data")     # refuses paths that lead outside
     os.replace(part / "LibriSpeech" / subset, folder / subset)
     shutil.rmtree(part)
 
@@ -1004,7 +994,7 @@ def fetch_librispeech(folder: Path, subset: str):
 # through resonances that move from sound to sound. The vowels are near those of Peterson and
 # Barney (1952). It works on short-time spectra: 28 minutes of speech take about 20 seconds.
 
-STEP = 64           # samples per frame of the synthesizer
+STEP = 64           # samples per frame of the synthesizer: 4 ms
 
 # Each sound: its length and the silence before it (ms); three formants (Hz); amplitudes of voice
 # and of hiss, which is noise with a peak of its own; that peak (Hz).
@@ -1042,7 +1032,7 @@ FARM F AA R M | STAR S T AA R | STONE S T AO UW N | SNOW S N AO UW | SMOKE S M A
 BOAT B AO UW T | FOOD F UW D | BREAD B R EH D | SALT S AO L T | WALK W AO K | SMALL S M AO L |
 BELL B EH L | LEAF L IY F | SHEET SH IY T | DREAM D R IY M
 """
-PHONES = {name: [float(value) for value in values]
+PHONES = {name: np.array(values, float)
           for name, *values in map(str.split, PHONE_TABLE.splitlines()[2:])}
 LEXICON = {word: phones for word, *phones in map(str.split, WORD_LIST.split("|"))}
 
@@ -1061,7 +1051,7 @@ def articulate(words: list[str], rate: float, rng: np.random.Generator) -> Tenso
         values = values * rng.normal(1, 0.02, 6)                            # never twice the same
         targets += [values * [1, 1, 1, 0, 0, 1], values]
         lengths += [pause, length * rng.uniform(0.85, 1.2)]
-    frames = np.array(lengths) / rate * SAMPLE_RATE / 1000 / STEP
+    frames = np.array(lengths) / rate / 4                                   # of 4 ms
     track = torch.from_numpy(np.repeat(targets, frames.round().astype(int), axis=0)).T
     # One sound glides into the next within 36 ms, as tongue and lips are slow.
     return F.avg_pool1d(track, 9, 1, 4, count_include_pad=False)
@@ -1079,16 +1069,15 @@ def speak(words: list[str], speaker: int, rng: np.random.Generator) -> np.ndarra
     melody = np.linspace(1.15, 0.82, frames) * rng.normal(1, 0.02, frames)
     pitch = np.repeat(90 * 2.9 ** size * melody, STEP)                      # (S,)
     pulses = np.diff(np.floor(np.cumsum(pitch / SAMPLE_RATE)), prepend=0)
-    source = np.stack([pulses * np.sqrt(SAMPLE_RATE / pitch), rng.normal(0, 1, len(pitch))])
-    short_time = dict(n_fft=512, hop_length=STEP, win_length=256,
-                      window=torch.hann_window(256, dtype=torch.double))
+    source = np.stack([pulses * np.sqrt(SAMPLE_RATE / pitch), rng.standard_normal(len(pitch))])
+    short_time = dict(n_fft=512, hop_length=STEP, win_length=256, window=torch.hann_window(256))
     source = torch.stft(torch.from_numpy(source), **short_time, return_complex=True)
-    pulses, noise = source[:, :, :frames]                                   # (bins, frames) each
+    pulses, noise = source[..., :frames]                                    # (bins, frames) each
 
     # The filter: resonances of the vocal tract, of which one hardly moves, and the hiss.
-    hz = torch.linspace(0, SAMPLE_RATE / 2, 257, dtype=torch.double)[:, None]
+    hz = torch.linspace(0, SAMPLE_RATE / 2, 257)[:, None]
     tract = 1 / (1 + (hz / (400 + 800 * edge)) ** 2) ** 0.5                 # (bins, frames)
-    for formant in (*track[:3], torch.tensor(3500)):
+    for formant in (*track[:3], 3500):
         formant = formant * scale
         width = 60 + 0.04 * formant
         tract = tract / torch.hypot(1 - (hz / formant) ** 2, hz * width / formant ** 2)
@@ -1096,7 +1085,7 @@ def speak(words: list[str], speaker: int, rng: np.random.Generator) -> np.ndarra
     bump = torch.exp(-8 * (hz / peak - 1) ** 2)
     wav = torch.istft(pulses * voice * tract + noise * hiss * bump, **short_time).numpy()
     wav = wav / wav.std() + rng.normal(0, rng.uniform(0.01, 0.06), len(wav))    # a noisy room
-    return (wav * rng.uniform(0.03, 0.06)).clip(-0.999, 0.999)
+    return wav * rng.uniform(0.03, 0.06)
 
 
 def make_synthetic(root: Path):

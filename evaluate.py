@@ -102,7 +102,7 @@ class Recognizer:
         factor = self.flags["subsampling"]
         second = round(self.meta["sample_rate"] / self.meta["hop"] / factor)    # in output frames
         array = array[None, :, :self.flags["codebooks"] or None].to(self.device)
-        parts = []
+        parts = []                  # start, first: output frames; times factor: input frames
         for start in range(0, -(-array.shape[1] // factor), 50 * second):
             first = max(0, start - 5 * second)
             part = array[:, first * factor:(start + 55 * second) * factor]
@@ -116,7 +116,8 @@ class Recognizer:
         if not self.beam_search:
             return greedy(self.units, log_probs[0])
         words = []
-        # A minute (at 40 Hz) at a time, as the search keeps all hypotheses that it tried.
+        # Less the prior, as the language model has its own (see unit_prior). A minute (at 40 Hz) at
+        # a time, as the search keeps all hypotheses that it tried; it returns the best one, if any.
         for part in (log_probs - self.prior).split(2400, 1):
             for best in self.beam_search(part)[0]:
                 words += best.words
@@ -166,7 +167,7 @@ def arpa_words(lm: str) -> list[str]:
         unigrams = itertools.takewhile(lambda line: not line.startswith("\\2-grams"), arpa)
         try:
             return re.findall(r"^\S+\t(\S+)", "".join(unigrams), re.MULTILINE)
-        except (EOFError, zlib.error):
+        except (OSError, EOFError, zlib.error):
             raise ValueError(f"--lm {lm}: is damaged")
 
 

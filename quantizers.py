@@ -81,44 +81,46 @@ class ResidualVQ(nn.Module):
         Call `initialize` before training: a codebook of zeros would begin as dead codes.
         """
         batch, _, time = latent.shape
-        frames = latent.float().transpose(1, 2).reshape(-1, self.dim)       # (N, D)
+        frames = latent.float().mT.flatten(0, 1)                            # (N, D)
         depth = self.random_depth(batch, latent.device).repeat_interleave(time)     # (N,)
 
         # The residuals are detached, so that every level's commitment loss reaches the encoder.
         # Chained residuals cancel all but the first level's (encodec issue 25).
         residual = frames.detach()
         quantized = torch.zeros_like(residual)
-        tokens, loss = self.encode(latent.detach()), 0.0                    # (B, Q, T)
+        # (B, Q, T): all levels, also those that `active` below switches off.
+        tokens, loss = self.encode(latent.detach()), 0.0
         for level, index in enumerate(tokens.transpose(0, 1).flatten(1)):   # (N,)
-            code = F.embedding(index, self.embed[level])                    # (N, D)
+            code = self.embed[level, index]                                 # (N, D)
             active = level < depth                  # (N,) does this utterance use this level?
             quantized = quantized + code * active[:, None]
             error = (frames - quantized).square().mean(1)                   # (N,)
-            loss = loss + (error * active).sum() / active.sum().clamp(min=1)
+            loss += (error * active).sum() / active.sum().clamp(min=1)
             if self.training and self.learning:
                 self.update(level, residual, index, active)
-            residual = residual - code              # unmasked: a dead code may move to any frame
+            # Not masked by `active`, as `update` may move a dead code to any frame.
+            residual = residual - code
 
         # One straight-through on the sum: one per level would multiply the gradient by Q.
         straight = frames + (quantized - frames).detach()
-        straight = straight.view(batch, time, self.dim).transpose(1, 2)
+        straight = straight.unflatten(0, (batch, time)).mT
         return Quantized(straight, tokens, loss / self.num_codebooks)
 
     def encode(self, latent: Tensor) -> Tensor:
         """latent (B, D, T) -> tokens (B, Q, T)."""
         batch, _, time = latent.shape
-        residual = latent.float().transpose(1, 2).reshape(-1, self.dim)
+        residual = latent.float().mT.flatten(0, 1)
         tokens = []
         for codebook in self.embed:
             index = nearest(residual, codebook)
-            residual = residual - F.embedding(index, codebook)
+            residual = residual - codebook[index]
             tokens.append(index.view(batch, time))
         return torch.stack(tokens, 1)
 
     def decode(self, tokens: Tensor) -> Tensor:
         """tokens (B, n, T), n <= Q: the first n levels -> latent (B, D, T)."""
         rows = [book[index] for book, index in zip(self.embed, tokens.unbind(1))]
-        return sum(rows).transpose(1, 2)
+        return sum(rows).mT
 
     def random_depth(self, batch: int, device: torch.device) -> Tensor:
         """How many codebooks each utterance uses: (B,)."""
@@ -175,7 +177,8 @@ class ResidualVQ(nn.Module):
         # of two identical codes, one would die again.
         dead = self.ema_count[level] < self.dead_below                      # (K,)
         frame = torch.randperm(len(residual), device=residual.device)
-        moved = residual[frame[dead.cumsum(0) % len(frame)]]                # (K, D)
+        # (K, D): a row for every code; only the rows of dead codes are used.
+        moved = residual[frame[dead.cumsum(0) % len(frame)]]
         moved += 0.01 * residual.std() * torch.randn_like(moved)
         from_first_process(moved)
         # Count and sum move with the code: otherwise this very step would pull it back to where
@@ -219,7 +222,7 @@ class GroupFSQ(nn.Module):
 
     def decode(self, tokens: Tensor) -> Tensor:
         """tokens (B, n, T), n <= Q: the first n groups, the others at 0 -> latent (B, D, T)."""
-        latent = self.values(self.unpack(tokens.transpose(1, 2)))
+        latent = self.values(self.unpack(tokens.mT))
         return F.pad(latent, (0, 0, 0, self.dim - latent.shape[1]))
 
     def codebooks(self) -> Tensor:
@@ -235,15 +238,15 @@ class GroupFSQ(nn.Module):
         tanh squashes to (-half, half); an even number of levels is shifted by 0.5, so that
         rounding gives exactly that many values (Mentzer et al., section 3.1).
         """
-        groups = latent.float().transpose(1, 2).unflatten(2, (self.num_codebooks, -1))
+        groups = latent.float().mT.unflatten(2, (self.num_codebooks, -1))
         half = (self.levels - 1) * (1 + 1e-3) / 2       # 1e-3: atanh stays finite for 2 levels
-        offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
+        offset = 0.5 * (self.levels % 2 == 0)
         shift = torch.atanh(offset / half)                  # a latent of 0 becomes the value 0
         return torch.tanh(groups + shift) * half - offset + self.levels // 2
 
     def index(self, digits: Tensor) -> Tensor:
         """Digits (B, T, Q, d) -> tokens (B, Q, T)."""
-        return (digits.round().long() * self.basis).sum(-1).transpose(1, 2)
+        return (digits.round().long() * self.basis).sum(-1).mT
 
     def unpack(self, tokens: Tensor) -> Tensor:
         """Tokens (B, T, Q) -> digits (B, T, Q, d)."""
@@ -251,7 +254,7 @@ class GroupFSQ(nn.Module):
 
     def values(self, digits: Tensor) -> Tensor:
         """Digits (B, T, Q, d) -> the numbers in [-1, 1] that they stand for, (B, D, T)."""
-        return (digits / (self.levels // 2) - 1).flatten(2).transpose(1, 2)
+        return (digits / (self.levels // 2) - 1).flatten(2).mT
 
 
 def redundancy(latent: Tensor) -> Tensor:

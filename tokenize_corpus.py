@@ -80,7 +80,8 @@ def read_subset(folders: list[Path], subset: str) -> tuple[list[Utterance], list
                 if not item.audio.exists():
                     raise ValueError("no such file")
                 seconds = sf.info(item.audio).duration
-                if 0 < item.duration < 0.8 * seconds:
+                # item.duration is still what the manifest says.
+                if 0 < float(item.duration) < 0.8 * seconds:
                     raise ValueError(f"its row covers only part of {seconds:.1f} s: save that part "
                                      f"as a file of its own")
                 kept[item.id] = item._replace(duration=seconds)
@@ -120,7 +121,8 @@ def read_rows(manifest: Path, skipped: list[str]) -> Iterator[Utterance]:
         else:
             # The id becomes a file name: it must be short, and cannot lead out of --out.
             name = re.sub(r"[^\w-]+", "-", os.path.splitext(audio)[0])[-60:].strip("-")
-            text, lang, speaker = (str(row.get(key) or "") for key in ("text", "lang", "speaker"))
+            text, lang, speaker = ("" if row.get(key) is None else str(row[key])
+                                   for key in ("text", "lang", "speaker"))
             yield Utterance(name, " ".join(text.split()), lang, speaker, manifest.parent / audio,
                             row.get("duration") or 0)
 
@@ -140,7 +142,10 @@ def read_ml_superb(folder: Path, subset: str, skipped: list[str]) -> Iterator[Ut
 # ------------------------------------------------------------------------------------------- noise
 
 class Noise:
-    """Adds noise at a random signal-to-noise ratio; kind and ratio depend on seed and id alone."""
+    """Adds noise at a random signal-to-noise ratio; kind and ratio depend on seed and id alone.
+
+    Each copy of an utterance has an id of its own.
+    """
 
     def __init__(self, kinds: list[str], snr: list[float], speech: list[Utterance], seed: int):
         """kinds: white, pink, babble or folders; snr: LOW HIGH in dB; speech: babble mixes it."""
@@ -167,7 +172,7 @@ class Noise:
             noise = sum(stretch(files, len(wav), rng) for _ in range(6))
         else:
             noise = stretch(self.files[kind], len(wav), rng)
-        return torchaudio.functional.add_noise(wav[None], noise[None], torch.tensor([snr]))[0]
+        return torchaudio.functional.add_noise(wav, noise, torch.tensor(snr))
 
 
 def pink(length: int, rng: np.random.Generator) -> Tensor:
@@ -188,8 +193,8 @@ def stretch(files: list[Path], length: int, rng: np.random.Generator) -> Tensor:
         except ValueError as error:
             problem = error
             continue
-        start = int(rng.integers(len(wav)))
-        part = wav.roll(-start).repeat(-(-length // len(wav)))[:length]
+        start = rng.integers(len(wav))
+        part = wav[torch.arange(start, start + length) % len(wav)]
         power = part.square().mean()
         if power > 1e-8:
             return part / power.sqrt()
@@ -235,7 +240,7 @@ class FrontEnd:
             self.encode = LogMel(mel_window(hop), hop, 80).to(device)
             self.meta |= {"codec": f"mel-{hop}", "dim": 80}
             return
-        # The word encodec may come as a path, such as ../../encodec, from meta.json.
+        # meta.json holds relative paths: the word encodec may come back as ../../encodec.
         own = Path(codec_path).name != "encodec"
         codec = Codec.load(codec_path, device) if own else Encodec(device)
         self.encode = codec.encode if features == "tokens" else codec.latent
@@ -278,12 +283,13 @@ def with_copies(utterances: list[Utterance], args) -> list[Utterance]:
             copies.append(item._replace(id=f"{item.id}-speed{speed:g}", copy_of=item.id,
                                         speed=speed, duration=item.duration / speed))
         for number in range(args.copies if args.noise else 0):
-            copies.append(item._replace(id=f"{item.id}-noise{number}", copy_of=item.id, noisy=True))
+            copies.append(item._replace(id=f"{item.id}.noise{number}", copy_of=item.id, noisy=True))
     return utterances + copies
 
 
-def check_folder(out: Path, meta: dict):
-    """Raises ValueError if the folder holds tokens of another codec, corpus, noise or seed."""
+def continue_folder(out: Path, meta: dict):
+    """Raises ValueError if the folder holds tokens of another codec, corpus, noise or seed. A role
+    without subsets keeps those that an earlier command named."""
     arrays = {*out.rglob("*.npy")} - {out / "codebooks.npy"}
     if not (out / "meta.json").exists() or not arrays:
         return
@@ -292,6 +298,8 @@ def check_folder(out: Path, meta: dict):
         if before[name] != meta[name]:
             raise ValueError(f"{out} holds tokens with {name} {before[name]}, not {meta[name]}: "
                              f"give another --out, or delete it")
+    for role in "train", "dev", "test":
+        meta[role] = meta[role] or before[role]
 
 
 def encode_subset(front_end: FrontEnd, utterances: list[Utterance], noise: Noise, folder: Path,
@@ -321,7 +329,7 @@ def list_subset(out: Path, subset: str, utterances: list[Utterance], skipped: li
             "audio": str(item.audio.resolve()), "duration": round(item.duration, 3),
             "frames": len(np.load(array, mmap_mode="r")), "array": f"{subset}/{array.name}"})
     hours = sum(row["duration"] for row in rows) / 3600
-    print(f"{subset}: {len(rows)} utterances, {hours:.2f} hours")
+    print(f"{subset}: {len(rows)} utterances and copies, {hours:.2f} hours")
     save_skipped(out / f"{subset}.skipped.txt", skipped)
     if not rows:
         raise ValueError(f"{subset}: nothing that can be used; see {out / subset}.skipped.txt")
@@ -339,7 +347,7 @@ def tokenize(args):
     meta = front_end.meta | {role: list(subsets) for role, subsets in corpus.items()} | {
         "codec_path": os.path.relpath(args.codec, out),     # the folders can move together
         "corpus": args.corpus, "noise": args.noise, "snr": args.snr, "seed": args.seed}
-    check_folder(out, meta)
+    continue_folder(out, meta)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "meta.json", json.dumps(meta, indent=1))

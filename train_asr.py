@@ -35,8 +35,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from asr_model import SIZES, Augment, CodecASR
@@ -62,7 +60,8 @@ def train_units(rows: list[dict], args) -> bytes:
     try:
         SentencePieceTrainer.train(
             sentence_iterator=iter(row["text"] for row in rows), model_writer=model,
-            model_type=args.units, vocab_size=8000 if args.units == "char" else args.vocab_size,
+            model_type=args.units,
+            vocab_size=100_000 if args.units == "char" else args.vocab_size,
             hard_vocab_limit=False, character_coverage=1.0, max_sentence_length=1 << 24,
             normalization_rule_name="identity", minloglevel=2,
             unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1,
@@ -90,6 +89,7 @@ def split_language(text: str) -> tuple[str, str]:
 # -------------------------------------------------------------------------------------------- data
 
 def read_meta(folder: str | Path) -> dict:
+    """The folder's meta.json: subsets of each role, Q (0 for features), K, D, hop, codec, ..."""
     path = Path(folder) / "meta.json"
     if not path.is_file():
         raise ValueError(f"{folder}: no tokens here; run tokenize_corpus.py, or name others with "
@@ -106,7 +106,8 @@ class TokenSet:
         for subset in subsets:
             path = Path(folder) / f"{subset}.jsonl"
             if not path.is_file():
-                raise ValueError(f"{path}: no such file; run tokenize_corpus.py to its end")
+                raise ValueError(f"{path}: no such file; name another subset, or run "
+                                 f"tokenize_corpus.py to its end")
             for line in tqdm(path.read_text("utf-8").splitlines(), f"reading {subset}",
                              leave=False, disable=None):
                 row = json.loads(line)
@@ -119,7 +120,8 @@ class TokenSet:
         """Utterance numbers, B of them -> tokens (B, T, Q), token_len (B,)."""
         arrays = [self.arrays[i] for i in group]
         lengths = torch.tensor([len(array) for array in arrays])
-        return pad_sequence(arrays, batch_first=True).to(device), lengths.to(device)
+        padded = nn.utils.rnn.pad_sequence(arrays, batch_first=True)
+        return padded.to(device), lengths.to(device)
 
     def batches(self, which: Sequence, frames: int, rng=None) -> list[list[int]]:
         """Groups of similar length, of at most `frames` padded frames or one longer utterance; with
@@ -140,7 +142,7 @@ class TokenSet:
 
 def frames_needed(target: Tensor) -> int:
     """CTC needs a frame for each unit, and a blank between two equal ones."""
-    return len(target) + int((target[1:] == target[:-1]).sum())
+    return len(target) + int((target.diff() == 0).sum())
 
 
 class TrainSet(TokenSet):
@@ -155,7 +157,8 @@ class TrainSet(TokenSet):
         self.frames = round(args.batch * meta["sample_rate"] / meta["hop"])     # of a batch
         self.units = SentencePieceProcessor(model_proto=units or train_units(self.rows, args))
         self.targets, self.out_len, dropped = [], [], []
-        self.variants = {}      # utterance: the numbers of its clean and of its noisy variants
+        # Utterance: numbers of its clean variants, which differ in speed, and of its noisy ones.
+        self.variants = {}
         for i, row in enumerate(self.rows):
             text = f"<|{row['lang']}|> {row['text']}" if args.lang_token else row["text"]
             target = torch.tensor(self.units.encode(text))
@@ -275,7 +278,8 @@ def start_model(args, meta: dict, data: TrainSet) -> CodecASR:
             tables = tables.mean(1, keepdim=True) + tables.std(1, keepdim=True) * noise
         model.embedding.tables.requires_grad_(args.embedding != "frozen")
     some = torch.randint(len(data.arrays), (500,))
-    model.start_from(tables, torch.cat([data.arrays[i] for i in some]))
+    sample = torch.cat([data.arrays[i] for i in some])[:100_000]        # bounds memory
+    model.start_from(tables, sample)
     model.augment = Augment(
         time_masks=args.time_masks, longest_mask=0.2 * meta["sample_rate"] / meta["hop"],
         codebook_masks=args.codebook_masks, feature_masks=args.feature_masks,
@@ -301,34 +305,34 @@ def ctc_loss(net: nn.Module, data: TrainSet, group: list[int], device: torch.dev
 
 
 @torch.inference_mode()
-def outputs(model: CodecASR, data: TokenSet, which: Sequence, frames: int,
-            device) -> Iterator[tuple[int, Tensor]]:
+def outputs(model: CodecASR, data: TokenSet, which: Sequence,
+            frames: int) -> Iterator[tuple[int, Tensor]]:
     """-> utterance number, log_probs (T', V), for each of these utterances."""
     model.eval()
     for group in data.batches(which, frames):
-        log_probs, out_len = model(*data.take(group, device))               # (B, T', V), (B,)
+        log_probs, out_len = model(*data.take(group, model.mean.device))    # (B, T', V), (B,)
         for number, each, length in zip(group, log_probs.cpu(), out_len.tolist()):
             yield number, each[:length]
     model.train()
 
 
-def dev_error_rates(model: CodecASR, dev: TokenSet, units, frames: int, device) -> dict:
+def dev_error_rates(model: CodecASR, dev: TokenSet, units, frames: int) -> dict:
     """WER and CER of greedy decoding; language tokens do not count as text."""
     refs, hyps = [], []
-    for number, log_probs in outputs(model, dev, range(len(dev.rows)), 2 * frames, device):
+    for number, log_probs in outputs(model, dev, range(len(dev.rows)), 2 * frames):
         refs.append(dev.rows[number]["text"])
         hyps.append(split_language(greedy(units, log_probs))[1])
     return {"dev_wer": jiwer.wer(refs, hyps), "dev_cer": jiwer.cer(refs, hyps)}
 
 
-def unit_prior(model: CodecASR, data: TrainSet, which: list[int], device) -> Tensor:
+def unit_prior(model: CodecASR, data: TrainSet, which: list[int]) -> Tensor:
     """Log of the mean probability of each unit on some training utterances: (V,).
 
     CTC's posteriors contain this prior, above all that of the blank. A beam search divides by a
     power of it, because its language model already knows how frequent words are.
     """
     total = sum(log_probs.exp().sum(0)
-                for _, log_probs in outputs(model, data, which, data.frames, device))
+                for _, log_probs in outputs(model, data, which, data.frames))
     return (total / total.sum()).log()
 
 
@@ -364,7 +368,7 @@ def resume_recognizer(path: Path, args, meta: dict) -> dict | None:
                              f"--out")
         return None
     saved = load_checkpoint(path, "asr")
-    check_same_flags(path, saved["flags"], args, "tokens")
+    check_same_flags(path, saved["flags"], args)
     check_same_tokens(path, saved["meta"], args.tokens, meta,
                       ["corpus", "train", "dev", "noise", "snr", "seed"])
     return saved
@@ -381,7 +385,8 @@ def train(args):
     # The checkpoint names its codec relative to itself.
     meta["codec_path"] = os.path.relpath(Path(args.tokens) / meta["codec_path"], out)
     saved = resume_recognizer(out / "resume.pt", args, meta)
-    data = TrainSet(args, meta, saved["text"] if saved else None)       # "text": its units
+    # "text" is the sentencepiece model, in published files, too.
+    data = TrainSet(args, meta, saved["text"] if saved else None)
     dev = TokenSet(args.tokens, meta["dev"], args.codebooks)
     model = start_model(args, meta, data).to(device)
     optimizers = make_optimizers(model, args)
@@ -391,15 +396,15 @@ def train(args):
         model.load_state_dict(saved["model"])
         for optimizer, values in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(values)
-    net = DistributedDataParallel(model) if world > 1 else model
+    net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"recognizer: {parameters:.1f} M parameters, {len(data.units)} {args.units} units; "
               f"{len(data.variants)} utterances, {len(data.rows)} with copies; epoch "
               f"{first} of {args.epochs} on {device}", data.notes, sep="\n")
-    # One batch of long utterances, near the end of the sorted epoch 0, shows now whether memory is
-    # large enough.
+    # One batch of long utterances shows now whether memory is large enough: the last but one of the
+    # sorted epoch 0, as the last may be a small remainder.
     ctc_loss(model, data, data.epoch(0, 1.0)[-2:][0][::world], device).sum().backward()
     model.zero_grad()
 
@@ -432,7 +437,7 @@ def train(args):
             losses.append(whole.detach())
             step += 1
 
-        # Each loss was scaled so that the mean over the processes is that of the whole group.
+        # Thanks to `scale`, the mean over the processes is that of the whole group.
         loss = torch.stack(losses).mean() / world
         if world > 1:
             dist.all_reduce(loss)
@@ -444,15 +449,14 @@ def train(args):
         speech = sum(data.rows[i]["duration"] for group in groups for i in group)
         row = {"epoch": epoch + 1, "step": step, "loss": loss.item(),
                "speech_per_second": speech / (time.time() - began)}
-        row |= dev_error_rates(model, dev, data.units, data.frames, device)
+        row |= dev_error_rates(model, dev, data.units, data.frames)
         print("epoch {epoch} | step {step} | loss {loss:.3f} | dev CER {dev_cer:.1%} | dev WER "
               "{dev_wer:.1%} | {speech_per_second:.0f} s of speech per second".format(**row),
               flush=True)
         log.append(row)
         state = {"kind": "asr", "flags": vars(args), "meta": meta, "log": log,
                  "text": data.units.serialized_model_proto(), "model": model.state_dict(),
-                 "log_prior": unit_prior(model, data, sum(groups[::len(groups) // 30 + 1], []),
-                                         device)}
+                 "log_prior": unit_prior(model, data, sum(groups[::len(groups) // 30 + 1], []))}
         save_run(out, state, epoch=epoch + 1, step=step,
                  optimizers=[optimizer.state_dict() for optimizer in optimizers])
     if rank == 0:
