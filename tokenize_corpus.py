@@ -345,7 +345,8 @@ def tokenize(args):
                          f"{', '.join(corpus['train'])}; name one with --dev")
     front_end = FrontEnd(args.features, args.codec, args.hop, str(device))
     meta = front_end.meta | {role: list(subsets) for role, subsets in corpus.items()} | {
-        "codec_path": os.path.relpath(args.codec, out),     # the folders can move together
+        # Relative, so that the folders can move together; either may be behind a link.
+        "codec_path": os.path.relpath(Path(args.codec).resolve(), out.resolve()),
         "corpus": args.corpus, "noise": args.noise, "snr": args.snr, "seed": args.seed}
     continue_folder(out, meta)
     if rank == 0:

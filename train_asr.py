@@ -383,7 +383,8 @@ def train(args):
             if getattr(args, name) != getattr(defaults, name):
                 raise ValueError(f"--{name.replace('_', '-')} has no effect on {meta['features']}")
     # The checkpoint names its codec relative to itself.
-    meta["codec_path"] = os.path.relpath(Path(args.tokens) / meta["codec_path"], out)
+    codec = Path(args.tokens) / meta["codec_path"]
+    meta["codec_path"] = os.path.relpath(codec.resolve(), out.resolve())
     saved = resume_recognizer(out / "resume.pt", args, meta)
     # "text" is the sentencepiece model, in published files, too.
     data = TrainSet(args, meta, saved["text"] if saved else None)
