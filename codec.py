@@ -162,7 +162,7 @@ class TimeEncoder(nn.Module):
 
     def forward(self, wav: Tensor) -> Tensor:
         y = self.down(4 * wav[:, None])         # recordings are quiet: about deviation 0.3
-        y = self.norm(y.mT).mT                  # over C; .mT swaps the last two axes
+        y = self.norm(y.mT).mT                  # over C
         return self.top(y)
 
 

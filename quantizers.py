@@ -4,7 +4,7 @@ in   latent (B, D, T)     the encoder's description of each frame
 out  tokens (B, Q, T)     Q integers per frame, and the quantized latent that they stand for
 
 Legend: B utterances, D latent size, T token frames, Q codebooks, K codes in each, N = B * T frames,
-d numbers in a group of FSQ.
+d numbers in a group of FSQ. In the code, `y.mT` is y with its last two axes swapped.
 
 Both satisfy one invariant, on which the recognizer's embedding relies: `codebooks()` returns a
 tensor (Q, K, D), and the quantized latent of a frame is the SUM over q of row `tokens[q]` of
