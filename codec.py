@@ -776,7 +776,8 @@ def check_sound(path: str | Path, wav: np.ndarray, wanted: int, rate: int):
     if not np.abs(wav).max() < 100:     # true for NaN, too
         raise ValueError(f"{path}: holds samples that are not numbers, or far above full scale")
     if not 1000 <= rate <= 400_000 or rate // math.gcd(rate, SAMPLE_RATE) > 4000:
-        raise ValueError(f"{path}: has a sample rate of {rate} Hz, as damaged files do")
+        raise ValueError(f"{path}: has a sample rate of {rate} Hz; unless it is damaged, convert "
+                         f"it: ffmpeg -i in.wav -ar 16000 out.wav")
 
 
 def find_subsets(corpora: list[str], **asked: list[str]) -> dict[str, dict[str, list[Path]]]:

@@ -167,8 +167,10 @@ class Noise:
         elif kind == "pink":
             noise = pink(len(wav), rng)
         elif kind == "babble":          # six recordings of other speakers, if there are any
-            others = [each for each in self.speech if each.speaker != item.speaker] or self.speech
-            files = [other.audio for other in others]
+            # Where speakers are unknown, each recording counts as one of its own.
+            who = item.speaker or item.audio
+            others = [each for each in self.speech if (each.speaker or each.audio) != who]
+            files = [other.audio for other in others or self.speech]
             noise = sum(stretch(files, len(wav), rng) for _ in range(6))
         else:
             noise = stretch(self.files[kind], len(wav), rng)
