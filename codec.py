@@ -442,7 +442,7 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
 
 def check_same_flags(path: Path, flags: dict, args):
     """A run resumes only with the flags that it began with, which its checkpoint in path holds;
-    but --steps and --epochs may grow, and folders and device may change."""
+    but --steps and --epochs may grow, and --out, --tokens and --device may change."""
     for name, before in flags.items():
         now = vars(args)[name]
         grown = name in ("steps", "epochs") and now > before
@@ -505,6 +505,8 @@ def start_processes(name: str) -> tuple[torch.device, int, int]:
 def run_stage(stage: Callable, args):
     """Bad input and Ctrl-C end a script with one line."""
     try:
+        if args.seed < 0:
+            raise ValueError(f"--seed {args.seed}: must be at least 0")
         stage(args)
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -600,7 +602,8 @@ def resume_codec(out: Path, args) -> dict | None:
     flags = saved["flags"]
     if args.adversarial and not flags["adversarial"] and saved["step"] == flags["steps"]:
         saved |= {"decoder_only": True, "step": 0, "log": [], "optimizers": []}
-        flags = saved["config"]         # these must stay; the others are those of a new run
+        # Encoder, quantizer, strides, codebooks, their size and --size must stay.
+        flags = saved["config"]
     check_same_flags(path, flags, args)
     return saved
 
@@ -616,9 +619,12 @@ def train(args):
     codec = Codec(args.encoder, args.quantizer, args.strides, args.codebooks, args.codebook_size,
                   args.size).to(device)
     discriminator, mel_distance = Discriminator().to(device), MelDistance().to(device)
-    # At least two frames, for BatchNorm.
-    length = max(2, round(args.crop * codec.frame_rate)) * codec.hop
-    crops = Crops(files, args.seed, length, args.batch)
+    # At least two frames, for BatchNorm, and 512 samples, the largest hop of MelDistance.
+    frames = max(2, math.ceil(512 / codec.hop), round(args.crop * codec.frame_rate))
+    crops = Crops(files, args.seed, frames * codec.hop, args.batch)
+    dev_crops = Crops(dev, 0, 100 * codec.hop, 32)          # 2.5 s each at 40 Hz
+    if dev:
+        dev_crops[0]                    # shows now whether dev audio can be read
 
     nets = [codec, discriminator]       # the discriminator learns only with --adversarial
     optimizers = [torch.optim.AdamW(net.parameters(), betas=(0.8, 0.99)) for net in nets]
@@ -680,7 +686,6 @@ def train(args):
                     save_run(out, state, discriminator=discriminator.state_dict(),
                              optimizers=[item.state_dict() for item in optimizers])
     if rank == 0:
-        dev_crops = Crops(dev, 0, 100 * codec.hop, 32)          # 2.5 s each at 40 Hz
         if dev:
             report(Codec.load(out / "codec.pt"), dev_crops, out)
         save_skipped(out / "skipped.txt", [*(crops.unreadable | dev_crops.unreadable).values()])
@@ -802,7 +807,7 @@ def find_subsets(corpora: list[str], **asked: list[str]) -> dict[str, dict[str, 
     for role, subsets in asked.items():
         for subset in subsets:
             if subset not in found[role] or ".." in subset or os.path.isabs(subset):
-                raise ValueError(f"--{role} {subset}: no such subset in {', '.join(corpora)}")
+                raise ValueError(f"--{role} {subset}: no such subset inside {', '.join(corpora)}")
     return found
 
 

@@ -80,7 +80,7 @@ class Recognizer:
         self.model.to(self.device).eval()
         # codec_path is relative to the checkpoint.
         self.codec = codec or self.path.parent / self.meta["codec_path"]
-        # A checkpoint without a prior is decoded without the correction.
+        # Subtracted before a beam search (see unit_prior), where the checkpoint has it.
         self.prior = prior_weight * saved.get("log_prior", torch.zeros(len(self.units)))
         self.beam_search = lm and beam_search(self.units, lm, beam, lm_weight, word_score)
 

@@ -98,10 +98,12 @@ def read_librispeech(folder: Path, subset: str, skipped: list[str]) -> Iterator[
         for name, *words in read_lines(path):
             file = audio.pop((path.parent, name), None)
             if file:
-                # LibriSpeech's names begin with the speaker; other names get their folders.
+                # LibriSpeech's names begin with the speaker; other names get their folders. Without
+                # folders, the speaker is what comes before the first hyphen.
                 parts = file.with_suffix("").relative_to(folder / subset).parts
                 key = name if name.startswith(f"{parts[0]}-") else "-".join(parts)
-                yield Utterance(key, " ".join(words), "", parts[0].split("-")[0], file)
+                speaker = parts[0] if len(parts) > 1 else name.split("-")[0]
+                yield Utterance(key, " ".join(words), "", speaker, file)
             else:
                 skipped.append(f"{path}: {name} has no audio file of its own")
     skipped += [f"{path}: no transcript names it" for path in audio.values()]
@@ -242,7 +244,7 @@ class FrontEnd:
             self.encode = LogMel(mel_window(hop), hop, 80).to(device)
             self.meta |= {"codec": f"mel-{hop}", "dim": 80}
             return
-        # meta.json holds relative paths: the word encodec may come back as ../../encodec.
+        # evaluate.py passes the relative path in meta.json: encodec may become ../../encodec.
         own = Path(codec_path).name != "encodec"
         codec = Codec.load(codec_path, device) if own else Encodec(device)
         self.encode = codec.encode if features == "tokens" else codec.latent
@@ -325,7 +327,9 @@ def list_subset(out: Path, subset: str, utterances: list[Utterance], skipped: li
     for item in utterances:
         array = out / subset / f"{item.id}.npy"
         if not array.exists():
-            skipped.append(str(read_utterance(noise, item)))        # again, as it says why not
+            problem = read_utterance(noise, item)       # again, as it says why not
+            skipped.append(problem if isinstance(problem, str) else
+                           f"{item.audio}: can be read only now: repeat the command")
             continue
         rows.append(item._asdict() | {
             "audio": str(item.audio.resolve()), "duration": round(item.duration, 3),
