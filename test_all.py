@@ -915,7 +915,7 @@ def test_scripts_end_bad_input_and_ctrl_c_with_one_line():
     for stage, what, *flags in (
             (codec, "--train lost: no such subset", *speech, "--train", "lost"),
             (tokenize_corpus, "no such subset", *speech, "--test", corpus() / "test", *MEL),
-            (codec, "at most 32768", *RVQ, "--codebook-size", 40_000), (codec, "seed", "--seed", -1),
+            (codec, "at most 32768", *RVQ, "--codebook-size", 40000), (codec, "seed", "--seed", -1),
             (tokenize_corpus, "needs a dev subset", *no_dev, *MEL),
             (train_asr, "without a language", "--tokens", letters(), "--lang-token"),
             (train_asr, "no effect on mel", "--tokens", tokens_with_copies(), "--replace", 0.1),
