@@ -39,6 +39,7 @@ import shlex
 import shutil
 import socket
 import sys
+import tempfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -93,7 +94,7 @@ class LogMel(nn.Module):
             SAMPLE_RATE, n_fft, hop_length=hop, n_mels=n_mels, pad_mode="constant")
 
     def forward(self, wav: Tensor) -> Tensor:
-        mel = self.mel(wav)[..., :wav.shape[1] // self.mel.hop_length]
+        mel = self.mel(wav)[..., :-1]           # without the last of S / hop + 1 frames
         return mel.clamp(min=1e-5).log()
 
 
@@ -233,13 +234,16 @@ class Codec(nn.Module):
                  codebooks: int = 8, codebook_size: int = 1024, size: str = "tiny"):
         """encoder "mel" or "time"; quantizer "rvq" or "fsq", which always has 1000 codes."""
         super().__init__()
-        self.config = dict(encoder=encoder, quantizer=quantizer, strides=list(strides),
+        self.config = dict(encoder=encoder, quantizer=quantizer, strides=strides,
                            codebooks=codebooks, codebook_size=codebook_size, size=size)
         self.hop = math.prod(strides)
+        self.frame_rate = SAMPLE_RATE / self.hop                # token frames per second
         if quantizer == "rvq":
             self.quantizer = ResidualVQ(128, codebooks, codebook_size)
         else:
             self.quantizer = GroupFSQ(codebooks)
+        bits = codebooks * math.log2(self.quantizer.codebook_size)
+        self.bitrate = self.frame_rate * bits                   # bits per second
         time_width, mel_width, decoder_width, blocks = SIZES[size]
         dim = self.quantizer.dim
         if encoder == "mel":
@@ -247,17 +251,6 @@ class Codec(nn.Module):
         else:
             self.encoder = TimeEncoder(dim, strides, time_width)
         self.decoder = Decoder(dim, self.hop, decoder_width, blocks)
-
-    @property
-    def frame_rate(self) -> float:
-        """Token frames per second."""
-        return self.sample_rate / self.hop
-
-    @property
-    def bitrate(self) -> float:
-        """Bits per second."""
-        bits = self.quantizer.num_codebooks * math.log2(self.quantizer.codebook_size)
-        return self.frame_rate * bits
 
     @property
     def fingerprint(self) -> str:
@@ -288,7 +281,8 @@ class Codec(nn.Module):
 
     def chunks(self, wav: Tensor) -> Iterator[Tensor]:
         """Latent of one chunk after another, each with as much context as the encoder sees."""
-        chunk, context = self.encoder.chunk, self.encoder.context
+        chunk = self.encoder.chunk
+        context = self.encoder.context
         wav = F.pad(wav, (0, -wav.shape[1] % self.hop))         # to whole frames
         for start in range(0, wav.shape[1] // self.hop, chunk):
             first = max(0, start - context)
@@ -340,12 +334,10 @@ class MelDistance(nn.Module):
 class Discriminator(nn.Module):
     """Judges complex spectrograms at three resolutions (EnCodec, section 3.4)."""
 
-    WINDOWS = 2048, 1024, 512
-
     def __init__(self):
         super().__init__()
         self.nets = nn.ModuleList()
-        for n_fft in self.WINDOWS:
+        for n_fft in 2048, 1024, 512:
             spectrogram = torchaudio.transforms.Spectrogram(
                 n_fft, hop_length=n_fft // 4, power=None, normalized="frame_length",
                 pad_mode="constant")
@@ -373,7 +365,8 @@ def generator_losses(discriminator: Discriminator, wav: Tensor, made: Tensor) ->
     """Squared GAN loss, and matching of the layers' outputs: means over resolutions and layers."""
     with torch.no_grad():
         real = discriminator(wav)
-    scores, matching = [], []
+    scores = []
+    matching = []
     for theirs, ours in zip(real, discriminator(made)):
         scores.append((ours[-1] - 1).square().mean())
         matching += [F.l1_loss(a, b) / b.abs().mean() for a, b in zip(ours[:-1], theirs)]
@@ -383,10 +376,11 @@ def generator_losses(discriminator: Discriminator, wav: Tensor, made: Tensor) ->
 def discriminator_loss(discriminator: nn.Module, wav: Tensor, made: Tensor) -> Tensor:
     """Real speech should score 1, reconstructions 0."""
     total = 0.0
-    for layers in discriminator(torch.cat([wav, made.detach()])):
+    outputs = discriminator(torch.cat([wav, made.detach()]))
+    for layers in outputs:
         real, fake = layers[-1].chunk(2)
         total += (real - 1).square().mean() + fake.square().mean()
-    return total / len(Discriminator.WINDOWS)
+    return total / len(outputs)
 
 
 # ------------------------------------------------------- files, devices and flags, for all stages
@@ -401,7 +395,7 @@ def write_atomically(path: Path, data, save: Callable = write_text):
         save(temporary, data)
     except (RuntimeError, TypeError) as error:          # torch's on a full disk; soundfile's
         raise ValueError(f"{path}: cannot be written ({error})")
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def write_rows(path: Path, rows: list[dict]):
@@ -460,7 +454,7 @@ def flag_group(parser: ArgumentParser, title: str) -> Callable:
         if default is False:
             more["action"] = "store_true"
         elif isinstance(default, list):
-            more = {"nargs": "+"} | more
+            more.setdefault("nargs", "+")
         elif default is not None:
             more["type"] = type(default)
         if default not in (None, []):
@@ -472,7 +466,7 @@ def flag_group(parser: ArgumentParser, title: str) -> Callable:
 def add_common_flags(parser: ArgumentParser, out: str):
     add = flag_group(parser, "running")
     add("--seed", 0, "random seed: weights, data order, masks, noise")
-    add("--device", "auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
+    add("--device", "auto", "where to run: auto, cpu, cuda or mps")
     add("--out", out, "folder to write")
 
 
@@ -490,9 +484,10 @@ def pick_device(name: str) -> str:
     return best if name == "auto" else name
 
 
-def start_processes(name: str) -> tuple[torch.device, int, int]:
+def start_processes(name: str):
     """-> device, rank, number of processes: more than one if torchrun started this script."""
-    device, world = pick_device(name), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(name)
+    world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         # The others may have to wait while the first one downloads a corpus.
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=12))
@@ -527,7 +522,7 @@ class Crops:
     seed: int
     length: int                 # of a crop, in samples
     batch: int                  # crops per step, over all processes
-    unreadable: dict[Path, str] = field(default_factory=dict)       # path: why
+    unreadable: dict = field(default_factory=dict)      # path: why
 
     def __getitem__(self, number: int) -> Tensor:
         """-> wav (length,). A file that cannot be read is replaced by another."""
@@ -577,13 +572,13 @@ def optimize(loss: Tensor, optimizer: torch.optim.Optimizer, lr: float):
     optimizer.step()
 
 
-def log_row(recent: list[tuple], codebook_size: int) -> dict:
+def log_row(recent: list[tuple], codec: Codec) -> dict:
     """recent: losses and tokens of some steps -> mean losses, and how evenly codes were used."""
     losses, tokens = zip(*recent)
     row = {name: sum(each[name].item() for each in losses) / len(losses) for name in losses[0]}
     if not math.isfinite(sum(row.values())):
         raise ValueError("the loss is no longer finite: try a lower --lr, or look for odd audio")
-    usage, perplexity = usage_and_perplexity(torch.cat(tokens, 2), codebook_size)
+    usage, perplexity = usage_and_perplexity(torch.cat(tokens, 2), codec.quantizer.codebook_size)
     return row | {"usage": usage.mean().item(), "perplexity": perplexity.mean().item()}
 
 
@@ -614,11 +609,13 @@ def train(args):
         raise ValueError(f"--batch {args.batch}: must be a multiple of the {world} processes")
     # {role, such as train: {subset, such as train-clean-5: the folders that have it}}
     corpus = find_subsets(args.corpus, train=args.train, dev=args.dev)
-    files, dev = audio_files(corpus["train"]), audio_files(corpus["dev"])
+    files = audio_files(corpus["train"])
+    dev = audio_files(corpus["dev"])
     torch.manual_seed(args.seed)
     codec = Codec(args.encoder, args.quantizer, args.strides, args.codebooks, args.codebook_size,
                   args.size).to(device)
-    discriminator, mel_distance = Discriminator().to(device), MelDistance().to(device)
+    discriminator = Discriminator().to(device)
+    mel_distance = MelDistance().to(device)
     # At least two frames, for BatchNorm, and 512 samples, the largest hop of MelDistance.
     frames = max(2, math.ceil(512 / codec.hop), round(args.crop * codec.frame_rate))
     crops = Crops(files, args.seed, frames * codec.hop, args.batch)
@@ -628,10 +625,15 @@ def train(args):
 
     nets = [codec, discriminator]       # the discriminator learns only with --adversarial
     optimizers = [torch.optim.AdamW(net.parameters(), betas=(0.8, 0.99)) for net in nets]
-    out, start, log, decoder_only = Path(args.out), 0, [], False
+    start = 0
+    log = []
+    decoder_only = False
+    out = Path(args.out)
     saved = resume_codec(out, args)
     if saved:
-        start, log, decoder_only = saved["step"], saved["log"], saved["decoder_only"]
+        start = saved["step"]
+        log = saved["log"]
+        decoder_only = saved["decoder_only"]
         codec.load_state_dict(saved["model"])
         # codec.pt has no optimizers, and training the decoder alone begins with new ones.
         if saved.get("optimizers"):
@@ -676,7 +678,7 @@ def train(args):
 
             done = step + 1
             if done % 100 == 0 or done == args.steps:
-                log.append({"step": done} | log_row(recent, codec.quantizer.codebook_size))
+                log.append({"step": done} | log_row(recent, codec))
                 recent.clear()
                 if rank == 0:
                     tqdm.write(" | ".join(f"{key} {value:.4g}" for key, value in log[-1].items()))
@@ -687,7 +689,7 @@ def train(args):
                              optimizers=[item.state_dict() for item in optimizers])
     if rank == 0:
         if dev:
-            report(Codec.load(out / "codec.pt"), dev_crops, out)
+            report(out, dev_crops)
         save_skipped(out / "skipped.txt", [*(crops.unreadable | dev_crops.unreadable).values()])
         command = ["tokenize_corpus.py", "--codec", out / "codec.pt",
                    "--out", out.parent / "tokens"]
@@ -697,14 +699,14 @@ def train(args):
         print(f"wrote {out / 'codec.pt'}; next: python {shlex.join(map(str, command))}")
 
 
-@torch.inference_mode()
-def report(codec: Codec, crops: Crops, out: Path):
+def report(out: Path, crops: Crops):
     """Mel distance, usage and perplexity on one batch of dev audio -> out/report.json."""
+    codec = Codec.load(out / "codec.pt")
     wav = crops.batch_of(0)
     tokens = codec.encode(wav)
     mel_distance = MelDistance()(wav, codec.decode(tokens))
     # One row of the log, from this batch alone.
-    row = log_row([({"mel_distance": mel_distance}, tokens)], codec.quantizer.codebook_size)
+    row = log_row([({"mel_distance": mel_distance}, tokens)], codec)
     text = json.dumps(row | {"fingerprint": codec.fingerprint}, indent=1)
     print(f"dev: {text}")
     write_atomically(out / "report.json", text)
@@ -728,8 +730,8 @@ def reconstruct(args):
 # ------------------------------------------------------------- audio and corpora, for all stages
 
 # Formats that soundfile reads, and some that it does not read, which are reported, not ignored.
-AUDIO = """.flac .wav .mp3 .ogg .opus .aiff .aif .au .caf .w64
-           .m4a .mp4 .webm .wma .aac .amr .3gp""".split()
+AUDIO = tuple(""".flac .wav .mp3 .ogg .opus .aiff .aif .au .caf .w64
+                 .m4a .mp4 .webm .wma .aac .amr .3gp""".split())
 # Named corpora: their folder, and their usual subsets. Any other name is a folder.
 CORPORA = {
     "synthetic": ("data/synthetic", {"train": ["train"], "dev": ["dev"], "test": ["test"]}),
@@ -740,7 +742,7 @@ CORPORA = {
 }
 
 
-def read_audio(path: str | Path, seconds: float | None = None, at: float = 0.0) -> Tensor:
+def read_audio(path: str | Path, seconds: float = math.inf, at: float = 0.0) -> Tensor:
     """Any file that soundfile reads -> wav (S,) float32, full scale 1, 16 kHz, channels averaged.
 
     `seconds`: read only so much; `at`, from 0 to 1: where in the file this piece lies. Raises
@@ -750,9 +752,9 @@ def read_audio(path: str | Path, seconds: float | None = None, at: float = 0.0) 
     try:
         check_wav_size(path)
         with sf.SoundFile(path) as file:
-            rate, wanted = file.samplerate, file.frames
-            if seconds:
-                wanted = min(file.frames, math.ceil(seconds * rate))
+            rate = file.samplerate
+            wanted = math.ceil(min(file.frames, seconds * rate))
+            if at:
                 file.seek(int(at * (file.frames - wanted)))
             wav = file.read(wanted, "float32", always_2d=True).mean(1)
     except OSError as error:
@@ -768,7 +770,8 @@ def read_audio(path: str | Path, seconds: float | None = None, at: float = 0.0) 
 def check_wav_size(path: str | Path):
     """libsndfile reads a truncated WAV as a shorter recording."""
     with open(path, "rb") as file:
-        kind, size = file.read(4), int.from_bytes(file.read(4), "little")
+        kind = file.read(4)
+        size = int.from_bytes(file.read(4), "little")
     # Programs that do not know the size yet write 2 GiB or more.
     if kind == b"RIFF" and os.path.getsize(path) < 0.9 * size and size < 0x7f000000:
         raise ValueError(f"{path}: is truncated: its header says {size} bytes")
@@ -785,7 +788,7 @@ def check_sound(path: str | Path, wav: np.ndarray, wanted: int, rate: int):
                          f"it: ffmpeg -i in.wav -ar 16000 out.wav")
 
 
-def find_subsets(corpora: list[str], **asked: list[str]) -> dict[str, dict[str, list[Path]]]:
+def find_subsets(corpora: list[str], **asked: list[str]) -> dict:
     """Several corpora, read as one -> {role: {subset: [folders that have it]}}.
 
     asked: the names of the subsets for the roles train, dev and test. Each of them must exist. An
@@ -796,10 +799,11 @@ def find_subsets(corpora: list[str], **asked: list[str]) -> dict[str, dict[str, 
         name, usual = CORPORA.get(corpus, (corpus, CORPORA["synthetic"][1]))
         folder = Path(name)
         wanted = [(role, subset) for role in asked for subset in asked[role] or usual[role]]
-        prepare(corpus, folder, wanted)
+        subsets = [subset for _, subset in wanted]
+        prepare(corpus, folder, subsets)
         there = [(role, subset) for role, subset in wanted if find_audio(folder, subset)]
         if not there:
-            raise ValueError(nothing_found(folder, wanted))
+            raise ValueError(nothing_found(folder, subsets, asked))
         for role, subset in there:
             folders = found[role].setdefault(subset, [])
             if folder not in folders:
@@ -811,13 +815,13 @@ def find_subsets(corpora: list[str], **asked: list[str]) -> dict[str, dict[str, 
     return found
 
 
-def prepare(corpus: str, folder: Path, wanted: list[tuple[str, str]]):
-    """Make or download a named corpus, unless it is already there. wanted: (role, subset) pairs."""
+def prepare(corpus: str, folder: Path, subsets: list[str]):
+    """Make or download a named corpus, unless it is already there."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         if corpus == "synthetic":
             make_synthetic(folder)
         elif corpus in CORPORA:
-            for _, subset in wanted:
+            for subset in subsets:
                 fetch_librispeech(folder, subset)
     if dist.is_initialized():
         dist.barrier()                  # the other processes wait until the corpus is there
@@ -825,17 +829,16 @@ def prepare(corpus: str, folder: Path, wanted: list[tuple[str, str]]):
         raise ValueError(f"--corpus {corpus}: no such folder, and none of {', '.join(CORPORA)}")
 
 
-def nothing_found(folder: Path, wanted: list[tuple[str, str]]) -> str:
+def nothing_found(folder: Path, subsets: list[str], roles: dict) -> str:
     """What was looked for, and what is there."""
-    names = ", ".join(subset for _, subset in wanted)
     there = sorted(os.listdir(folder))
-    return (f"{folder}: no audio of the subsets {names}. A subset NAME is a folder NAME/ with "
-            f"audio, a manifest NAME.jsonl, or */*/transcript_NAME.txt; {folder} holds "
+    return (f"{folder}: no audio of the subsets {', '.join(subsets)}. A subset NAME is a folder "
+            f"NAME/ with audio, a manifest NAME.jsonl, or */*/transcript_NAME.txt; {folder} holds "
             f"{', '.join(there[:6]) or 'nothing'}{', ...' * (len(there) > 6)}. Name your subsets "
-            f"with {' and '.join(f'--{role}' for role in dict(wanted))}; . is {folder} itself")
+            f"with {' and '.join(f'--{role}' for role in roles)}; . is {folder} itself")
 
 
-def audio_files(subsets: dict[str, list[Path]]) -> list[Path]:
+def audio_files(subsets: dict) -> list[Path]:
     """{subset: [folders that have it]} -> their files, each once: a manifest may repeat them."""
     files = {}
     for subset, folders in subsets.items():
@@ -854,17 +857,14 @@ def find_audio(folder: Path, subset: str) -> list[Path]:
     listed = [path.parent / "wav" / f"{words[0]}.wav"
               for path in sorted(folder.glob(f"*/*/transcript_{subset}.txt"))
               for words in read_lines(path)]
-    return listed or audio_below(folder / subset)
+    return listed or files_below(folder / subset)
 
 
-def audio_below(folder: Path) -> list[Path]:
-    return [path for path in files_below(folder) if path.suffix.lower() in AUDIO]
-
-
-def files_below(folder: Path) -> list[Path]:
-    """All files in a folder and in its folders, sorted; links are followed."""
+def files_below(folder: Path, endings=AUDIO) -> list[Path]:
+    """Files with these endings in a folder and in its folders, sorted; links are followed."""
     walk = os.walk(folder, followlinks=True)
-    return sorted(Path(root, name) for root, _, names in walk for name in names)
+    return sorted(Path(root, name) for root, _, names in walk for name in names
+                  if name.lower().endswith(endings))
 
 
 def read_lines(path: Path) -> list[list[str]]:
@@ -873,12 +873,13 @@ def read_lines(path: Path) -> list[list[str]]:
     return [line.split() for line in text.split("\n") if line.strip()]
 
 
-def read_manifest(path: Path) -> tuple[list[dict], list[str]]:
+def read_manifest(path: Path) -> tuple:
     """JSON lines with at least audio_filepath -> rows, and a message for each line that lacks it.
 
     Raises ValueError when no line has it.
     """
-    rows, skipped = [], []
+    rows = []
+    skipped = []
     for number, line in enumerate(path.read_text("utf-8-sig", errors="replace").split("\n"), 1):
         if line.strip():
             try:
@@ -973,25 +974,24 @@ def fetch_librispeech(folder: Path, subset: str):
     """Download folder/<subset>, unless it is there, or is not a subset of LibriSpeech."""
     if (folder / subset).is_dir() or subset not in MD5:
         return
-    part = folder / f".{subset}.part"               # renamed when whole: never half a subset
-    part.mkdir(parents=True, exist_ok=True)
-    archive = part / f"{subset}.tar.gz"
     number = 31 if subset in ("train-clean-5", "dev-clean-2") else 12
-    url = f"{OPENSLR}/{number}/{archive.name}"
+    url = f"{OPENSLR}/{number}/{subset}.tar.gz"
     print(f"downloading {url}")
     socket.setdefaulttimeout(60)
-    try:
-        torch.hub.download_url_to_file(url, archive)
-    except OSError as error:
-        raise ValueError(f"{url}: {error}; run again, or unpack it by hand to {folder / subset}")
-    with open(archive, "rb") as file:
-        found = hashlib.file_digest(file, "md5").hexdigest()
-    if found != MD5[subset]:
-        archive.unlink()
-        raise ValueError(f"{url}: checksum {found} instead of {MD5[subset]}; run again")
-    shutil.unpack_archive(archive, part, filter="data")     # refuses paths that lead outside
-    os.replace(part / "LibriSpeech" / subset, folder / subset)
-    shutil.rmtree(part)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as part:
+        archive = f"{part}/{subset}.tar.gz"
+        try:
+            torch.hub.download_url_to_file(url, archive)
+        except OSError as error:
+            raise ValueError(f"{url}: {error}; run again, or unpack it by hand to "
+                             f"{folder / subset}")
+        with open(archive, "rb") as file:
+            found = hashlib.file_digest(file, "md5").hexdigest()
+        if found != MD5[subset]:
+            raise ValueError(f"{url}: checksum {found} instead of {MD5[subset]}; run again")
+        shutil.unpack_archive(archive, part, filter="data")     # refuses paths that lead outside
+        os.replace(f"{part}/LibriSpeech/{subset}", folder / subset)     # never half a subset
 
 
 # ----------------------------------------------------- appendix, can be skipped: synthetic speech
@@ -1043,7 +1043,7 @@ PHONES = {name: np.array(values, float)
 LEXICON = {word: phones for word, *phones in map(str.split, WORD_LIST.split("|"))}
 
 VOICES = {"train": range(100, 120), "dev": range(120, 123), "test": range(123, 127)}
-UTTERANCES = {"train": 600, "dev": 60, "test": 100}
+UTTERANCES = {"train": 30, "dev": 20, "test": 25}       # of each voice
 
 
 def articulate(words: list[str], rate: float, rng: np.random.Generator) -> Tensor:
@@ -1051,7 +1051,8 @@ def articulate(words: list[str], rate: float, rng: np.random.Generator) -> Tenso
     phones = ["SIL"]
     for word in words:
         phones += LEXICON[word] + ["SIL"] * (rng.random() < 0.15)
-    targets, lengths = [], []
+    targets = []
+    lengths = []
     for phone in [*phones, "SIL"]:
         length, pause, *values = PHONES[phone]
         values = values * rng.normal(1, 0.02, 6)                            # never twice the same
@@ -1105,17 +1106,16 @@ def make_synthetic(root: Path):
             continue
         part = root / f".{subset}.part"             # renamed when whole: never half a subset
         shutil.rmtree(part, ignore_errors=True)
-        for n in tqdm(range(UTTERANCES[subset]), f"making {root / subset}", disable=None):
-            number, index = divmod(n, len(voices))
-            speaker = voices[index]
-            rng = np.random.default_rng([speaker, number])
-            words = rng.choice(list(LEXICON), rng.integers(3, 8))
-            chapter = part / str(speaker) / "1"
-            chapter.mkdir(parents=True, exist_ok=True)
-            name = f"{speaker}-1-{number:04d}"
-            sf.write(chapter / f"{name}.flac", speak(words, speaker, rng), SAMPLE_RATE)
-            with open(chapter / f"{speaker}-1.trans.txt", "a") as transcripts:
-                print(name, *words, file=transcripts)
+        for speaker in tqdm(voices, f"making {root / subset}", disable=None):
+            chapter = part / f"{speaker}/1"
+            chapter.mkdir(parents=True)
+            with open(chapter / f"{speaker}-1.trans.txt", "w") as transcripts:
+                for number in range(UTTERANCES[subset]):
+                    rng = np.random.default_rng([speaker, number])
+                    words = rng.choice(list(LEXICON), rng.integers(3, 8))
+                    name = f"{speaker}-1-{number:04d}"
+                    sf.write(chapter / f"{name}.flac", speak(words, speaker, rng), SAMPLE_RATE)
+                    print(name, *words, file=transcripts)
         part.rename(root / subset)
 
 

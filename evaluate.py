@@ -42,7 +42,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from tqdm import tqdm
 
-from codec import (SAMPLE_RATE, LogMel, add_common_flags, audio_below, flag_group,
+from codec import (SAMPLE_RATE, LogMel, add_common_flags, files_below, flag_group,
                    load_checkpoint, pick_device, read_audio, refuse_idle, run_stage,
                    write_atomically)
 from tokenize_corpus import FrontEnd, Noise, Utterance
@@ -378,7 +378,7 @@ def transcribe(args):
     recognizer, files, failed = load(args.asr, args), [], 0
     recognizer.front_end                # a codec that does not fit is reported once, now
     for path in map(Path, args.audio):
-        files += audio_below(path) if path.is_dir() else [path]
+        files += files_below(path) if path.is_dir() else [path]
     for number, path in enumerate(files):
         try:
             text = recognizer.transcribe(path)

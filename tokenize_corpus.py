@@ -41,10 +41,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from codec import (SAMPLE_RATE, Codec, LogMel, add_common_flags, audio_below, files_below,
-                   find_audio, find_subsets, flag_group, mel_window, read_audio, read_lines,
-                   read_manifest, refuse_idle, run_stage, save_skipped, start_processes,
-                   write_atomically, write_rows)
+from codec import (SAMPLE_RATE, Codec, LogMel, add_common_flags, files_below, find_audio,
+                   find_subsets, flag_group, mel_window, read_audio, read_lines, read_manifest,
+                   refuse_idle, run_stage, save_skipped, start_processes, write_atomically,
+                   write_rows)
 
 
 class Utterance(NamedTuple):
@@ -93,8 +93,7 @@ def read_subset(folders: list[Path], subset: str) -> tuple[list[Utterance], list
 def read_librispeech(folder: Path, subset: str, skipped: list[str]) -> Iterator[Utterance]:
     """speaker/chapter/*.trans.txt, whose lines are an id and its words, beside the audio files."""
     audio = {(path.parent, path.stem): path for path in find_audio(folder, subset)}
-    transcripts = [path for path in files_below(folder / subset) if path.match("*.trans.txt")]
-    for path in transcripts:
+    for path in files_below(folder / subset, ".trans.txt"):
         for name, *words in read_lines(path):
             file = audio.pop((path.parent, name), None)
             if file:
@@ -152,7 +151,7 @@ class Noise:
     def __init__(self, kinds: list[str], snr: list[float], speech: list[Utterance], seed: int):
         """kinds: white, pink, babble or folders; snr: LOW HIGH in dB; speech: babble mixes it."""
         self.kinds, self.snr, self.speech, self.seed = kinds, sorted(snr), speech, seed
-        self.files = {kind: audio_below(Path(kind)) for kind in kinds}
+        self.files = {kind: files_below(Path(kind)) for kind in kinds}
         for kind, files in self.files.items():
             if not files and kind not in ("white", "pink", "babble"):
                 raise ValueError(f"--noise {kind}: neither white, pink or babble, nor a folder "

@@ -42,8 +42,8 @@ def draw(path: Path):
                                "Learning curves on dev speech, lower is better"),
         "bits": draw_lines(rows("runs", "bits"), bits, "kbit per second", CER,
                            "Error rate by bits, lower is better"),
-        "noise": draw_lines(rows("runs", "noise"), noise, "dB", CER,
-                            "Error rate by signal-to-noise ratio, lower is better"),
+        "noise": draw_lines(rows("runs", "noise"), noise, "signal-to-noise ratio, dB", CER,
+                            "Error rate in noise, lower is better"),
         "codecs": draw_lines(rows("codecs", "codecs"), distance, "training step", "mel distance",
                              "How well codecs reproduce training speech, lower is better"),
         "content": draw_lines(rows("content", "content"), revealed, "codebook", "bits",
@@ -152,7 +152,7 @@ def draw_languages(rows):
         axis.plot(*zip(point, spot), color="0.7", linewidth=1, zorder=1)
         axis.text(*spot, lang.split("-")[0], ha="center", va="center", size=11)
     axis.plot(*points.T, ".", color=COLORS[0])
-    axis.set(xlabel=f"{x}: {CER}", ylabel=f"{y}: {CER}")
+    axis.set(xlabel=f"{x}: {CER}", ylabel=f"{y}: {CER}", aspect="equal")
     return fig
 
 

@@ -41,109 +41,95 @@ from train_asr import TokenSet, frames_needed
 
 STUDY_FILE = Path(__file__).with_name("study.json")
 
-# Each row is an answer: the question, what a run is called there, its folder, and the folder of
-# the run that it is compared with. A folder that ends in -1 holds the same run with seed 1.
+# Each row is an answer: the question ("older": asked with the older recipe), what a run is called
+# there, its folder, and the folder of the run that it is compared with. A folder that ends in -1
+# holds the same run with seed 1.
 STUDY = """
-headline            tokens: against log-mel         runs/headline/asr          runs/headline/asr-mel
-headline            log-mel                         runs/headline/asr-mel      -
-recipe              the older one, tokens           runs/old/headline          runs/headline/asr
-recipe              the older one, log-mel          runs/old/headline-mel      runs/headline/asr-mel
-README's run        tokens                          runs/quick/asr             -
-README's run        log-mel: against tokens         runs/quick/asr-mel         runs/quick/asr
-quick run           tokens: against log-mel         runs/quick/masks           runs/quick/masks-mel
-quick run           log-mel                         runs/quick/masks-mel       -
-embedding tables    start as codebooks              runs/study/baseline        -
-embedding tables    start as shuffled codebooks     runs/study/shuffled        runs/study/baseline
-embedding tables    start at random                 runs/study/random          runs/study/baseline
-embedding tables    random, ten times the rate      runs/study/random-fast     runs/study/baseline
-embedding tables    codebooks, never trained        runs/study/frozen          runs/study/baseline
-sum of embeddings   side by side instead            runs/study/stack           runs/study/baseline
-input               log-mel instead of tokens       runs/study/log-mel         runs/study/baseline
-input               latent instead of tokens        runs/study/latent          runs/study/baseline
-bits                first codebooks alone: 1        runs/study/codebooks-1     runs/study/baseline
-bits                first codebooks alone: 2        runs/study/codebooks-2     runs/study/baseline
-bits                first codebooks alone: 4        runs/study/codebooks-4     runs/study/baseline
-bits                256 codes in each codebook      runs/study/256             runs/study/baseline
-bits                4,096 codes in each codebook    runs/study/4096            runs/study/baseline
-bits                80 frames per second            runs/study/80hz            runs/study/baseline
-steps of the codec  1, so hardly trained            runs/study/steps-1         runs/study/baseline
-steps of the codec  1,500                           runs/study/steps-1500      runs/study/baseline
-steps of the codec  3,000                           runs/study/steps-3000      runs/study/baseline
-steps of the codec  12,000                          runs/study/steps-12000     runs/study/baseline
-codec               mel encoder, FSQ                runs/study/fsq             runs/study/baseline
-codec               time encoder, RVQ               runs/study/time            runs/study/baseline
-codec               time encoder, FSQ               runs/study/time-fsq        runs/study/baseline
-masks               the default ones                runs/quick/masks           runs/study/baseline
-noise               tokens, trained in pink noise   runs/study/pink            runs/study/baseline
-noise               log-mel, trained in pink noise  runs/study/pink-log-mel    -
-noise, others       log-mel, both trained in noise  runs/study/pink-log-mel    runs/study/pink
-noisy embedding     strength 0.3                    runs/study/noisy-0.3       runs/study/baseline
-noisy embedding     strength 1                      runs/study/noisy-1         runs/study/baseline
-noise, others       noisy embedding, 0.3            runs/study/noisy-0.3       runs/study/baseline
-noise, others       noisy embedding, 1              runs/study/noisy-1         runs/study/baseline
-languages           tokens: against log-mel         runs/lang/asr              runs/lang/asr-mel
-languages           log-mel                         runs/lang/asr-mel          -
-codecs              mel encoder, RVQ                runs/mini/codec            -
-codecs              mel encoder, FSQ                runs/study/codec-fsq       -
-codecs              time encoder, RVQ               runs/study/codec-time      -
-codecs              time encoder, FSQ               runs/study/codec-time-fsq  -
-content             RVQ                             runs/study/baseline        -
-content             FSQ                             runs/study/fsq             -
-quick run           log-mel, 100 Hz to 25           runs/quick/mel10           runs/quick/mel
-quick run           latent of FSQ, not its codes    runs/quick/latent          runs/quick/fsq-3
-quick run           9.5 hours of speech, not 5.3    runs/more/asr              runs/quick/rvq
-older embedding     codebooks, never trained        runs/old/frozen            runs/old/baseline
-sum of embeddings   the same, older recipe          runs/old/stack             runs/old/baseline
-bits                first codebooks alone: 1        runs/old/codebooks-1       runs/old/baseline
-bits                first codebooks alone: 2        runs/old/codebooks-2       runs/old/baseline
-bits                first codebooks alone: 4        runs/old/codebooks-4       runs/old/baseline
-bits                first codebooks alone: all 8    runs/old/baseline          -
-bits                256 codes in each codebook      runs/old/256               runs/old/baseline
-bits                4,096 codes in each codebook    runs/old/4096              runs/old/baseline
-bits                80 frames per second            runs/old/80hz              runs/old/baseline
-bits                log-mel                         runs/old/log-mel           -
-steps of the codec  12,000, older headline          runs/old/headline-12k      runs/old/headline
-steps of the codec  12,000, quick run               runs/quick/rvq-12k         runs/quick/rvq
-steps of the codec  12,000, 6 epochs                runs/old/steps-12000       runs/old/xeon
-codec               mel encoder, FSQ                runs/quick/fsq             runs/quick/rvq
-codec               mel encoder, FSQ, penalty 3     runs/quick/fsq-3           runs/quick/rvq
-codec               time encoder, RVQ               runs/old/time              runs/old/baseline
-codec               time encoder, FSQ               runs/old/time-fsq          runs/old/baseline
-masks               none                            runs/old/no-masks          runs/old/baseline
-masks               none, 12 epochs                 runs/old/no-masks-12       runs/old/masks-12
-masks               none, 12 epochs                 runs/old/no-masks-12-1     runs/quick/rvq-1
-masks               only those of time              runs/old/time-masks        runs/old/baseline
-masks               only those of codebooks         runs/old/codebook-masks    runs/old/baseline
-masks               only those of features          runs/old/feature-masks     runs/old/baseline
-noisy embedding     strength 0.3                    runs/old/noisy-0.3         runs/old/baseline
-noisy embedding     strength 1                      runs/old/noisy-1           runs/old/xeon
-noisy embedding     5% of codes replaced           runs/old/replace           runs/old/baseline
-noise               tokens                          runs/old/xeon              -
-noise               tokens                          runs/old/baseline-1        -
-noise               tokens, trained in pink noise   runs/old/pink              runs/old/xeon
-noise               tokens, trained in pink noise   runs/old/pink-1            runs/old/baseline-1
-noise               log-mel                         runs/old/log-mel           -
-noise               log-mel, trained in pink noise  runs/old/log-mel-pink      -
-noise, others       log-mel, both trained in noise  runs/old/log-mel-pink      runs/old/pink
-noise, others       noisy embedding, 0.3            runs/old/noisy-0.3         runs/old/xeon
-noise, others       noisy embedding, 1              runs/old/noisy-1           runs/old/xeon
-noise, others       no masks                        runs/old/no-masks          runs/old/xeon
-noise, others       no masks, 12 epochs             runs/old/no-masks-12       runs/old/masks-12
-noise, others       time masks                      runs/old/time-masks        runs/old/xeon
-noise, others       feature masks                   runs/old/feature-masks     runs/old/xeon
-noise, others       5% of codes replaced           runs/old/replace           runs/old/xeon
-noise, others       time encoder                    runs/old/time              runs/old/xeon
-languages           tokens: against log-mel         runs/cv/small              runs/cv/small-mel
-languages           log-mel                         runs/cv/small-mel          -
-languages, tiny     tokens: against log-mel         runs/cv/asr                runs/cv/asr-mel
-languages, tiny     log-mel                         runs/cv/asr-mel            -
-languages, tiny     tokens, with a language token   runs/cv/lang               runs/cv/asr
-languages, tiny     tokens, no Spanish or Turkish   runs/cv/zero               runs/cv/asr
-languages, tiny     tokens, mini-LibriSpeech too    runs/cv/mix                runs/cv/asr
-synthetic speech    tokens                          runs/asr                   -
-codecs              time encoder, RVQ               runs/old/codec-time        -
-codecs              time encoder, FSQ               runs/old/codec-time-fsq    -
-content             published codec, RVQ            results/mini-librispeech   -
+headline           tokens: against log-mel          runs/headline/asr          runs/headline/asr-mel
+headline           log-mel                          runs/headline/asr-mel      -
+recipe             the older one, tokens            runs/old/headline          runs/headline/asr
+recipe             the older one, log-mel           runs/old/headline-mel      runs/headline/asr-mel
+README's run       tokens                           runs/quick/asr             -
+README's run       log-mel: against tokens          runs/quick/asr-mel         runs/quick/asr
+quick run          tokens: against log-mel          runs/quick/masks           runs/quick/masks-mel
+quick run          log-mel                          runs/quick/masks-mel       -
+input              tokens: against log-mel          runs/study/baseline        runs/study/log-mel
+input              log-mel                          runs/study/log-mel         -
+input              latent instead of tokens         runs/study/latent          runs/study/baseline
+embedding tables   start as codebooks               runs/study/baseline        -
+embedding tables   codebooks, never trained         runs/study/frozen          runs/study/baseline
+embedding tables   start as shuffled codebooks      runs/study/shuffled        runs/study/baseline
+embedding tables   start at random                  runs/study/random          runs/study/baseline
+embedding tables   random, ten times the rate       runs/study/random-fast     runs/study/baseline
+sum of embeddings  side by side instead             runs/study/stack           runs/study/baseline
+bits               first codebooks alone: 1         runs/study/codebooks-1     runs/study/baseline
+bits               first codebooks alone: 2         runs/study/codebooks-2     runs/study/baseline
+bits               first codebooks alone: 4         runs/study/codebooks-4     runs/study/baseline
+bits               first codebooks alone: all 8     runs/study/baseline        -
+bits               256 codes in each codebook       runs/study/256             runs/study/baseline
+bits               4,096 codes in each codebook     runs/study/4096            runs/study/baseline
+bits               80 frames per second             runs/study/80hz            runs/study/baseline
+bits               log-mel                          runs/study/log-mel         -
+codec steps        1, so hardly trained             runs/study/steps-1         runs/study/baseline
+codec steps        1,500                            runs/study/steps-1500      runs/study/baseline
+codec steps        3,000                            runs/study/steps-3000      runs/study/baseline
+codec steps        12,000                           runs/study/steps-12000     runs/study/baseline
+codec              mel encoder, FSQ                 runs/study/fsq             runs/study/baseline
+codec              time encoder, RVQ                runs/study/time            runs/study/baseline
+codec              time encoder, FSQ                runs/study/time-fsq        runs/study/baseline
+masks              the default ones                 runs/quick/masks           runs/study/baseline
+noise              tokens, trained in pink noise    runs/study/pink            runs/study/baseline
+noise              log-mel, trained in pink noise   runs/study/pink-log-mel    -
+noise, others      log-mel instead, both in noise   runs/study/pink-log-mel    runs/study/pink
+noisy embedding    strength 0.3                     runs/study/noisy-0.3       runs/study/baseline
+noisy embedding    strength 1                       runs/study/noisy-1         runs/study/baseline
+noise, others      noisy embedding, 0.3             runs/study/noisy-0.3       runs/study/baseline
+noise, others      noisy embedding, 1               runs/study/noisy-1         runs/study/baseline
+languages          tokens: against log-mel          runs/lang/asr              runs/lang/asr-mel
+languages          log-mel                          runs/lang/asr-mel          -
+codecs             mel encoder, RVQ                 runs/mini/codec            -
+codecs             mel encoder, FSQ                 runs/study/codec-fsq       -
+codecs             time encoder, RVQ                runs/study/codec-time      -
+codecs             time encoder, FSQ                runs/study/codec-time-fsq  -
+content            RVQ                              runs/study/baseline        -
+content            FSQ                              runs/study/fsq             -
+input, older       tokens: against log-mel          runs/quick/rvq             runs/quick/mel
+input, older       log-mel, 100 Hz to 25            runs/quick/mel10           runs/quick/mel
+input, older       latent of FSQ, not its codes     runs/quick/latent          runs/quick/fsq-3
+input, older       9.5 hours of speech, not 5.3     runs/more/asr              runs/quick/rvq
+bits, older        256 codes in each codebook       runs/old/256               runs/old/baseline
+bits, older        4,096 codes in each codebook     runs/old/4096              runs/old/baseline
+bits, older        80 frames per second             runs/old/80hz              runs/old/baseline
+steps, older       12,000, small, 30 epochs         runs/old/headline-12k      runs/old/headline
+steps, older       12,000, 12 epochs                runs/quick/rvq-12k         runs/quick/rvq
+steps, older       12,000, 6 epochs                 runs/old/steps-12000       runs/old/xeon
+codec, older       mel encoder, FSQ                 runs/quick/fsq             runs/quick/rvq
+codec, older       mel encoder, FSQ, penalty 3      runs/quick/fsq-3           runs/quick/rvq
+codec, older       time encoder, RVQ                runs/old/time              runs/old/baseline
+codec, older       time encoder, FSQ                runs/old/time-fsq          runs/old/baseline
+codec, older       time encoder, FSQ, not RVQ       runs/old/time-fsq          runs/old/time
+masks, older       none                             runs/old/no-masks          runs/old/baseline
+masks, older       none, 12 epochs                  runs/old/no-masks-12       runs/old/masks-12
+masks, older       none, 12 epochs                  runs/old/no-masks-12-1     runs/quick/rvq-1
+noise, older       noisy embedding, 0.3             runs/old/noisy-0.3         runs/old/xeon
+noise, older       noisy embedding, 1               runs/old/noisy-1           runs/old/xeon
+noise, older       log-mel instead, both in noise   runs/old/log-mel-pink      runs/old/pink
+noise, older       no masks                         runs/old/no-masks          runs/old/xeon
+noise, older       no masks, 12 epochs              runs/old/no-masks-12       runs/old/masks-12
+noise              tokens, older recipe             runs/old/xeon              -
+noise              tokens, older recipe             runs/old/baseline-1        -
+noise              tokens trained in noise, older   runs/old/pink              runs/old/xeon
+noise              tokens trained in noise, older   runs/old/pink-1            runs/old/baseline-1
+noise              log-mel, older recipe            runs/old/log-mel           -
+noise              log-mel trained in noise, older  runs/old/log-mel-pink      -
+languages          tokens: against log-mel          runs/cv/small              runs/cv/small-mel
+languages          log-mel                          runs/cv/small-mel          -
+languages, tiny    tokens: against log-mel          runs/cv/asr                runs/cv/asr-mel
+languages, tiny    log-mel                          runs/cv/asr-mel            -
+synthetic speech   tokens                           runs/asr                   -
+codecs             time encoder, RVQ                runs/old/codec-time        -
+codecs             time encoder, FSQ                runs/old/codec-time-fsq    -
+content            published codec, RVQ             results/mini-librispeech   -
 """
 
 

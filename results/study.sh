@@ -215,8 +215,8 @@ from pathlib import Path
 import numpy as np
 from pesq import pesq
 from pystoi import stoi
-from codec import Codec, audio_below, read_audio
-files = audio_below(Path("data/LibriSpeech/test-clean"))
+from codec import Codec, files_below, read_audio
+files = files_below(Path("data/LibriSpeech/test-clean"))
 for path in sys.argv[1:]:
     codec = Codec.load(path)
     for codebooks in 8, 4:
