@@ -409,8 +409,10 @@ def save_run(out: Path, state: dict, **more):
     weights = {name: value.half() if value.is_floating_point() else value
                for name, value in state["model"].items()}
     save = lambda path, checkpoint: torch.save(checkpoint, path)
+    # Both are whole before either is replaced: a full disk leaves the pair of the last checkpoint.
+    write_atomically(out / "resume.new", state | more, save)
     write_atomically(out / f"{state['kind']}.pt", state | {"model": weights}, save)
-    write_atomically(out / "resume.pt", state | more, save)
+    os.replace(out / "resume.new", out / "resume.pt")
     write_rows(out / "log.jsonl", state["log"])
 
 
@@ -900,7 +902,8 @@ def parse(arguments=None):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = flag_group(parser, "speech")
     add("--corpus", ["synthetic"],
-        "synthetic, mini-librispeech, librispeech, or folders, read as one corpus")
+        "synthetic, mini-librispeech, librispeech, or folders, read as one corpus",
+        type=os.path.normpath)
     add("--train", [],
         "subsets to train on, if not the usual ones; any folder of audio in --corpus will do")
     add("--dev", [], "subsets to report on, if not the usual ones")
@@ -1046,7 +1049,7 @@ VOICES = {"train": range(100, 120), "dev": range(120, 123), "test": range(123, 1
 UTTERANCES = {"train": 30, "dev": 20, "test": 25}       # of each voice
 
 
-def articulate(words: list[str], rate: float, rng: np.random.Generator) -> Tensor:
+def articulate(words: list[str], rate: float, rng) -> Tensor:
     """Words -> (6, frames): three formants, voice, hiss, its peak."""
     phones = ["SIL"]
     for word in words:
@@ -1064,7 +1067,7 @@ def articulate(words: list[str], rate: float, rng: np.random.Generator) -> Tenso
     return F.avg_pool1d(track, 9, 1, 4, count_include_pad=False)
 
 
-def speak(words: list[str], speaker: int, rng: np.random.Generator) -> np.ndarray:
+def speak(words: list[str], speaker: int, rng) -> np.ndarray:
     """Words -> wav (S,) at 16 kHz, in the voice of a speaker."""
     # Steps of irrational size spread the voices evenly from 0 to 1, and never repeat one.
     size, haste, edge = speaker * np.array([0.618034, 0.754878, 0.569840]) % 1
@@ -1084,7 +1087,7 @@ def speak(words: list[str], speaker: int, rng: np.random.Generator) -> np.ndarra
     # The filter: resonances of the vocal tract, of which one hardly moves, and the hiss.
     hz = torch.linspace(0, SAMPLE_RATE / 2, 257)[:, None]
     tract = 1 / (1 + (hz / (400 + 800 * edge)) ** 2) ** 0.5                 # (bins, frames)
-    for formant in (*track[:3], 3500):
+    for formant in *track[:3], 3500:
         formant = formant * scale
         width = 60 + 0.04 * formant
         tract = tract / torch.hypot(1 - (hz / formant) ** 2, hz * width / formant ** 2)

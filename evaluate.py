@@ -333,6 +333,9 @@ def evaluate(args):
         if not subsets:
             raise ValueError(f"{folder}: has no test subset; name another one with --test")
         bitrate = run.meta["bitrate"] * run.model.num_codebooks / max(1, run.meta["codebooks"])
+        if args.noise:                  # a typo, or a codec that is missing, is reported now
+            Noise(args.noise, args.snr, [], args.seed)
+            run.front_end
         report[name] = {"flags": run.flags, "meta": run.meta, "bitrate": bitrate, "log": run.log,
                         "test": {}}
         for subset in subsets:

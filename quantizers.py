@@ -42,12 +42,6 @@ def nearest(frames: Tensor, codebook: Tensor) -> Tensor:
     return distance.min(1).indices          # on a CPU, faster than argmin(1)
 
 
-def from_first_process(tensor: Tensor):
-    """With several processes, all take the values that process 0 drew."""
-    if dist.is_initialized():
-        dist.broadcast(tensor, 0)
-
-
 class ResidualVQ(nn.Module):
     """Each codebook quantizes what the previous ones left over.
 
@@ -146,7 +140,6 @@ class ResidualVQ(nn.Module):
                 count, total = self.sums(residual, index)
                 mean = total / count.clamp(min=1)[:, None]
                 centers = torch.where(count[:, None] > 0, mean, centers)
-            from_first_process(centers)
             residual = residual - centers[nearest(residual, centers)]
             self.embed[level] = self.ema_sum[level] = centers
             self.ema_count[level] = 1.0
@@ -180,7 +173,8 @@ class ResidualVQ(nn.Module):
         # (K, D): a row for every code; only the rows of dead codes are used.
         moved = residual[frame[dead.cumsum(0) % len(frame)]]
         moved += 0.01 * residual.std() * torch.randn_like(moved)
-        from_first_process(moved)
+        if dist.is_initialized():
+            dist.broadcast(moved, 0)        # all processes take what process 0 drew
         # Count and sum move with the code: otherwise this very step would pull it back to where
         # it was (espnet issue 6284).
         self.ema_count[level, dead] = 1.0

@@ -56,16 +56,14 @@ COPIES = [*MEL, "--hop", 160, "--speeds", 0.5, "--noise", "white", "--copies", 2
 READING = "--epochs 5 --batch 3 --lr .006 --time-masks 0 --feature-masks 0 --subsampling 1".split()
 
 
-def new_folder() -> Path:
-    return Path(tempfile.mkdtemp(dir=SCRATCH.name))
-
-
-def noise(*shape, seed=0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def close(one, other, tolerance=1e-5) -> None:
-    torch.testing.assert_close(one, other, atol=tolerance, rtol=0)
+new_folder = lambda: Path(tempfile.mkdtemp(dir=SCRATCH.name))
+noise = lambda *shape, seed=0: torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+close = lambda one, other, tolerance=1e-5: torch.testing.assert_close(
+    one, other, atol=tolerance, rtol=0)
+read_json = lambda path: json.loads(path.read_text("utf-8"))
+read_rows = lambda path: [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+write_manifest = lambda path, *rows: path.write_text(
+    "\n".join(json.dumps({"text": "HELLO"} | row) for row in rows))
 
 
 def run(stage, *arguments) -> str:
@@ -95,19 +93,19 @@ def refused(what: str, function, *arguments) -> None:       # with one line that
     assert what in message and "\n" not in message, f"{what!r} is not in {message!r}"
 
 
-def full_disk(library, after: int):             # its save() works so many times and then fails
-    calls = *[mock.DEFAULT] * after, RuntimeError("disk full")        # as torch.save says it
-    return mock.patch.object(library, "save", wraps=library.save, side_effect=calls)
+def full_disk(library, after: int):             # its save() works so many times, then half of it
+    def save(*what, works=library.save):
+        if library.save.call_count <= after:
+            return works(*what)
+        next(each for each in what if isinstance(each, Path)).write_bytes(b"half")
+        raise RuntimeError("disk full")                             # as torch.save says it
+    return mock.patch.object(library, "save", side_effect=save)
 
 
 def write(path: Path, samples, rate=16_000, **more) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     sf.write(path, np.asarray(samples), rate, **more)
     return path
-
-
-def write_manifest(path: Path, *rows: dict) -> None:
-    path.write_text("\n".join(json.dumps({"text": "HELLO"} | row) for row in rows))
 
 
 def same_weights(path: Path, model: dict) -> bool:              # at the precision of the file
@@ -163,24 +161,18 @@ def letters() -> Path:
     return letter_tokens(train=texts[:30], dev=texts[30:35], test=texts[35:])
 
 
-read_json = lambda path: json.loads(path.read_text("utf-8"))
-read_rows = lambda path: [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 small_tokens = cache(lambda: tokenize(new_folder()))
 tokens_with_copies = cache(lambda: tokenize(new_folder(), *COPIES))
 letter_asr = cache(lambda: made(train_asr, "--tokens", letters(), *READING) / "asr.pt")
 small_asr = cache(lambda: made(
     train_asr, "--tokens", small_tokens(), "--epochs", 1, "--codebooks", 3) / "asr.pt")
-
-
-def train_set(folder: Path, *flags) -> TrainSet:
-    args = train_asr.parse(["--tokens", str(folder), *map(str, flags)])
-    return TrainSet(args, train_asr.read_meta(folder))
+train_set = lambda folder, *flags: TrainSet(
+    train_asr.parse(["--tokens", str(folder), *map(str, flags)]), train_asr.read_meta(folder))
 
 
 def test_printed_commands_are_accepted_and_printed_numbers_are_those_of_the_study():
     texts = [*PAGES.values(), *(stage.__doc__ for stage in STAGES.values())]
-    commands = re.findall(r"python (\w+)\.py([^\n&#`|;]*)", "\n".join(texts))
-    assert len(commands) > 25
+    commands = re.findall(r"(?:python|torchrun \S+) (\w+)\.py([^\n&#`|;]*)", "\n".join(texts))
     for name, flags in commands:
         if name in STAGES and "--help" not in flags:
             STAGES[name].parse(shlex.split(flags))
@@ -189,11 +181,13 @@ def test_printed_commands_are_accepted_and_printed_numbers_are_those_of_the_stud
     assert defaults == [[1.0, 8, 1024, 500, 8, 0.001, False, 0], [400, 1, 1, 0],
                         [0, 1, 8, 0, 1, 0.0, 0.0, 3000, 256, False, 20, 40.0, 0.003, 0],
                         [False, 500, 3.0, 0.0, 0.5, 0]]
-    run(study, "tables")
-    known = (HOME / "results" / "tables.md").read_text("utf-8").replace("+", "")
+    with mock.patch.object(study, "write_atomically") as save:
+        run(study, "tables")
+    known = save.call_args.args[1]
+    assert known == (HOME / "results/tables.md").read_text("utf-8")
     for page, text in PAGES.items():
-        for number in re.findall(r"[\d.]+ \([\d.]+-[\d.]+\)", text):
-            assert number in known, f"{page}: {number}"
+        for number in re.findall(r"[-+\d.]+ \([-\d.]+(?: to |-)[-\d.]+\)", text):
+            assert number.lstrip("+") in known.replace("+", ""), f"{page}: {number}"
 
 
 def test_the_next_command_continues_the_run():
@@ -226,7 +220,6 @@ def test_own_report_is_drawn_and_the_codebook_that_spells_is_found():
     report = made(evaluate, "--asr", letter_asr()) / "report.json"
     if find_spec("matplotlib"):
         assert "learning.png" in run(study, "figures", report)
-        assert report.with_name("learning.png").stat().st_size > 5000
     on_time = Recognizer.log_probs
     for late in 0, 2:           # frames after the letter that the recognizer writes it
         with (mock.patch.object(Recognizer, "log_probs", lambda *a: on_time(*a).roll(late, 1)),
@@ -242,10 +235,10 @@ def test_a_stopped_run_resumes_as_if_uninterrupted_and_may_grow_but_not_change()
     reading = ["--tokens", letters(), "--epochs", 3, "--batch", 10, "--curriculum", 5,
                "--replace", 0.1, "--noisy-embedding", 0.3, "--out", new_folder()]
     for stage, file, flags, saved, other, length, start, end in (   # 100: a plain folder of audio
-            (codec, "codec.pt", speech, 3, ("--strides", 400), "--steps", 100, 105),
-            (train_asr, "asr.pt", reading, 5, ("--codebooks", 1), "--epochs", 2, 3)):
+            (codec, "codec.pt", speech, 2, ("--strides", 400), "--steps", 100, 105),
+            (train_asr, "asr.pt", reading, 4, ("--codebooks", 1), "--epochs", 2, 3)):
         with full_disk(torch, after=saved) as save:
-            refused("disk full", run, stage, *flags)                # at the end, between two files
+            refused("disk full", run, stage, *flags)                # at the end
         assert f" {start} of {end} on " in run(stage, *flags)
         for name in (file, "resume.pt"):
             assert same_weights(flags[-1] / name, save.call_args.args[0]["model"]), name
@@ -271,6 +264,7 @@ def test_adversarial_training_of_a_finished_codec_changes_its_decoder_alone():
         used = [(call.args[0][0].parts[-4], *call.args[1:]) for call in crops.call_args_list]
         assert used == [("train", 0, 1600, 2), ("dev", 0, 40_000, 32)]  # seed, samples, batch
         assert [call.args[0].training for call in depth.call_args_list] == depths
+        assert {"adversarial", "matching"} < read_rows(out / "log.jsonl")[0].keys()
         before, after = Codec.load(path), Codec.load(out / "codec.pt")
         assert before.fingerprint == after.fingerprint
         assert not torch.equal(before.decoder.head[1].weight, after.decoder.head[1].weight)
@@ -333,6 +327,7 @@ def test_fsq_reaches_all_codes_and_rounds_to_the_nearest_in_float32():
     assert torch.equal(tokens, torch.arange(1000))
     usage, perplexity = usage_and_perplexity(tokens[None, None, :500], 1000)
     assert usage == 0.5 and abs(perplexity - 500) < 0.1         # half of the codes, all alike
+    close(GroupFSQ(1)(noise(1, 1, 50).expand(1, 4, 50)).loss, torch.tensor(0.1 * 12 / 16))
     error = GroupFSQ(4)(make_latent()).latent - make_latent().tanh()
     assert error.unflatten(1, (4, 4))[:, :, 1:].abs().max() < 0.252     # five levels, -1 to 1
     quantizer, rough = GroupFSQ(4), make_latent(time=500).bfloat16()
@@ -405,7 +400,6 @@ def test_networks_and_losses_give_the_stored_values_and_one_frame_per_hop():
         made = model.decoder(noise(2, model.quantizer.dim, 40))
         values += [model.encoder(wav).abs().mean().item(), made.std().item()]
         model.eval()
-        assert codec.mel_window(100) == 512 and codec.mel_window(400) == 1024
         assert model.hop == hop and model.frame_rate == 16_000 / hop
         for samples in (1, hop, hop + 1, 7 * hop - 1):
             tokens, frames = model.encode(0.1 * noise(2, samples)), -(-samples // hop)
@@ -544,8 +538,8 @@ def test_token_folder_holds_what_the_recognizer_needs_and_takes_no_other_tokens(
             assert array.dtype == np.int16 and np.array_equal(array.T, model.encode(wav[None])[0])
             assert row["frames"] == len(array) and row["duration"] == round(len(wav) / 16_000, 3)
     for name, value in (
-            ("codec", small_codec(seed=1)), ("noise", "pink"), ("seed", 1), ("features", "mel"),
-            ("corpus", shutil.copytree(corpus(), new_folder() / "corpus"))):
+            ("codec", small_codec(seed=1)), ("noise", "pink"), ("seed", 1), ("speeds", 0.9),
+            ("features", "mel"), ("corpus", shutil.copytree(corpus(), new_folder() / "corpus"))):
         refused(f"tokens with {name}", tokenize, small_tokens(), f"--{name}", value)
     refused("tokens with snr", tokenize, tokens_with_copies(), *COPIES, "--snr", 1, 2)
     tokenize_corpus.continue_folder(small_tokens(), found := meta | {"train": []})
@@ -600,9 +594,9 @@ def test_tokenizing_continues_after_an_interruption_and_after_a_wrong_command():
     out, home = new_folder(), new_folder()
     with full_disk(np, after=5):
         refused("disk full", tokenize, out)
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("train/*.npy")}
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("train/[!.]*.npy")}
     assert 0 < len(before) < 8 and not (out / "train.jsonl").exists()
-    tokenize(out)
+    tokenize(out, source=f"{corpus()}/")
     assert all(path.stat().st_mtime_ns == at for path, at in before.items())
     assert read_rows(out / "train.jsonl") == read_rows(small_tokens() / "train.jsonl")
     write_manifest(home / "train.jsonl", {"audio_filepath": "lost.wav"})
@@ -630,14 +624,17 @@ def test_unreadable_audio_is_named_and_silence_gives_no_nan():
     rows, skipped = read_rows(out / "train.jsonl"), (out / "train.skipped.txt").read_text()
     assert [row["copy_of"] or row["id"] for row in rows] == ["good", "silent"] * 2
     assert all(np.isfinite(np.load(out / row["array"])).all() for row in rows)
+    crops = codec.Crops(bad + good, 0, 800, 2)
+    assert all(crops[n].isfinite().all() for n in range(99)) and {*crops.unreadable} == {*bad}
+    halves = torch.stack([crops.batch_of(3, rank, 2) for rank in (0, 1)], 1)    # of two processes
+    assert halves.flatten(0, 1).equal(crops.batch_of(3))
     for path in bad:
         refused(path.name, read_audio, path)
         assert path.name in skipped
 
 
-def make_asr(**more) -> CodecASR:
-    sizes = dict(num_codebooks=3, codebook_size=20, dim=8, size="tiny")
-    return CodecASR(12, **sizes | more).eval()
+SMALL = dict(num_codebooks=3, codebook_size=20, dim=8, size="tiny")
+make_asr = lambda **more: CodecASR(12, **SMALL | more).eval()
 
 
 def test_batched_log_probs_equal_single():
@@ -682,7 +679,6 @@ def test_augmentation_has_the_strength_asked_for_and_stays_out_of_evaluation():
     close(torch.stack([noisy.mean(), noisy.std()]), torch.tensor([0.0, 0.3]), 0.01)
     codes = Augment(replace=0.3).replace_codes(torch.full((9, 900, 8), -1), 1000)
     close((codes >= 0).float().mean(), torch.tensor(0.3), 0.01)
-    close(codes[codes >= 0].float().mean(), torch.tensor(499.5), 10.0)
 
 
 def test_masks_hide_codebooks_frames_and_bands_within_the_utterance():
@@ -814,11 +810,13 @@ def test_noise_is_added_to_audio_that_is_encoded_anew():
 
 def test_reports_say_what_ran_where_and_test_subsets_alone_are_enough():
     asr, home = small_asr(), new_folder()
-    report = read_json(made(evaluate, "--compare", asr.parent, asr) / "compare.json")
-    assert report["command"] and report["machine"] and "commit" in report
+    texts = [row["text"] for row in read_rows(small_tokens() / "test.jsonl")]
+    with mock.patch.object(evaluate, "greedy", side_effect=[*texts, "", "", ""]):    # right, wrong
+        report = read_json(made(evaluate, "--compare", asr.parent, asr) / "compare.json")
     found, again = report["runs"].values()
     assert found["bitrate"] == 0.75 * Codec.load(small_codec()).bitrate         # 3 of 4 codebooks
-    assert found["test"]["test"]["cer_minus_first"] == [0, 0] and found["test"] == again["test"]
+    assert found["test"]["test"]["cer_minus_first"] == [0, 0]
+    assert again["test"]["test"]["cer_minus_first"] == [1, 1]
     shutil.copytree(corpus() / "test", home / "test")
     tokens = tokenize(home / "tokens", source=home)
     refused("no train subset", made, train_asr, "--tokens", tokens)
@@ -844,7 +842,7 @@ def test_transcription_is_what_the_tokens_give():
 
 def test_beam_search_writes_words_of_the_language_model_that_the_weights_favor():
     if not find_spec("flashlight"):
-        return
+        return print("skipped: needs pip install flashlight-text")
     home, units = new_folder(), Recognizer(letter_asr(), "cpu").units
     for name, red in (("rare", -8), ("common", -0.05)):
         text = (f"\\data\\\nngram 1=6\nngram 2=1\n\n\\1-grams:\n-1\t<s>\t0\n-1\t</s>\n-9\t<unk>\n"
@@ -921,7 +919,8 @@ def test_scripts_end_bad_input_and_ctrl_c_with_one_line():
             (train_asr, "without a language", "--tokens", letters(), "--lang-token"),
             (train_asr, "no effect on mel", "--tokens", tokens_with_copies(), "--replace", 0.1),
             (train_asr, "at least 0", "--time-masks", -1), (train_asr, "above 0", "--epochs", 0),
-            (evaluate, "codec", "--asr", asr, "--codec", other, "--audio", corpus(), "--plots")):
+            (evaluate, "trained on codec", "--asr", asr, "--tokens", letters()),
+            (evaluate, "on codec", "--asr", asr, "--codec", other, "--audio", corpus(), "--plots")):
         refused(what, run, stage, *flags, "--out", lost)
     assert not lost.exists()
     for stage, name in ((codec, "train"), (train_asr, "train"), (evaluate, "evaluate")):

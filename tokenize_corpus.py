@@ -73,6 +73,7 @@ def read_subset(folders: list[Path], subset: str) -> tuple[list[Utterance], list
             found = read_librispeech(folder, subset, skipped)
         for item in tqdm(found, f"reading {subset}", leave=False, disable=None):
             try:
+                item.text.encode()          # raises for half a surrogate pair, such as \\ud83d
                 if not item.text or "\ufffd" in item.text:
                     raise ValueError("its transcript is empty, or not UTF-8")
                 if item.id in kept:
@@ -159,8 +160,6 @@ class Noise:
 
     def __call__(self, wav: Tensor, item: Utterance) -> Tensor:
         """wav (S,) -> (S,)."""
-        if not wav.any():
-            return wav                  # silence has no signal-to-noise ratio
         rng = np.random.default_rng([self.seed, *item.id.encode()])
         kind, snr = self.kinds[rng.integers(len(self.kinds))], rng.uniform(*self.snr)
         if kind == "white":
@@ -297,9 +296,10 @@ def continue_folder(out: Path, meta: dict):
     if not (out / "meta.json").exists() or not arrays:
         return
     before = json.loads((out / "meta.json").read_text("utf-8"))
-    for name in "features", "codec", "hop", "corpus", "noise", "snr", "seed":
-        if before[name] != meta[name]:
-            raise ValueError(f"{out} holds tokens with {name} {before[name]}, not {meta[name]}: "
+    for name in "features", "codec", "hop", "corpus", "speeds", "noise", "snr", "copies", "seed":
+        there = before.get(name, meta[name])        # older folders lack speeds and copies
+        if there != meta[name]:
+            raise ValueError(f"{out} holds tokens with {name} {there}, not {meta[name]}: "
                              f"give another --out, or delete it")
     for role in "train", "dev", "test":
         meta[role] = meta[role] or before[role]
@@ -352,7 +352,8 @@ def tokenize(args):
     meta = front_end.meta | {role: list(subsets) for role, subsets in corpus.items()} | {
         # Relative, so that the folders can move together; either may be behind a link.
         "codec_path": os.path.relpath(Path(args.codec).resolve(), out.resolve()),
-        "corpus": args.corpus, "noise": args.noise, "snr": args.snr, "seed": args.seed}
+        "corpus": args.corpus, "speeds": args.speeds, "noise": args.noise, "snr": args.snr,
+        "copies": args.copies, "seed": args.seed}
     continue_folder(out, meta)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -388,7 +389,8 @@ def parse(arguments=None):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = flag_group(parser, "speech")
     add("--corpus", ["synthetic"],
-        "synthetic, mini-librispeech, librispeech, or folders, read as one corpus")
+        "synthetic, mini-librispeech, librispeech, or folders, read as one corpus",
+        type=os.path.normpath)
     add("--train", [], "subsets to train on, if not the usual ones")
     add("--dev", [], "subsets to watch training on, likewise")
     add("--test", [], "subsets to evaluate on, likewise")
@@ -401,7 +403,8 @@ def parse(arguments=None):
         "samples per frame of log-mel: 400 = 40 Hz, like the tokens; 160 = the usual 10 ms")
     add = flag_group(parser, "copies of the train subsets")
     add("--speeds", [], "copies at these speeds, such as 0.9 1.1", type=float)
-    add("--noise", [], "copies in noise: white, pink, babble, or folders of audio")
+    add("--noise", [], "copies in noise: white, pink, babble, or folders of audio",
+        type=os.path.normpath)
     add("--snr", [0.0, 20.0], "range of their signal-to-noise ratio in dB",
         nargs=2, type=float, metavar=("LOW", "HIGH"))
     add("--copies", 1, "copies in noise of each utterance")

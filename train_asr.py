@@ -354,9 +354,10 @@ def ramp(step: int, args) -> float:
 def check_same_tokens(path: str | Path, trained: dict, tokens: str | Path, found: dict, more=()):
     """A recognizer reads only what it was trained on: the same features of the same codec."""
     for name in "features", "codec", "hop", "codebooks", *more:
-        if trained[name] != found[name]:
-            raise ValueError(f"{path} was trained on {name} {trained[name]}, but {tokens} holds "
-                             f"{found[name]}: use the tokens and codec that it was trained with")
+        if trained.get(name) != found.get(name):
+            raise ValueError(f"{path} was trained on {name} {trained.get(name)}, but {tokens} "
+                             f"holds {found.get(name)}: use the tokens and codec that it was "
+                             f"trained with")
 
 
 def resume_recognizer(path: Path, args, meta: dict) -> dict | None:
@@ -370,7 +371,7 @@ def resume_recognizer(path: Path, args, meta: dict) -> dict | None:
     saved = load_checkpoint(path, "asr")
     check_same_flags(path, saved["flags"], args)
     check_same_tokens(path, saved["meta"], args.tokens, meta,
-                      ["corpus", "train", "dev", "noise", "snr", "seed"])
+                      ["corpus", "train", "dev", "speeds", "noise", "snr", "copies", "seed"])
     return saved
 
 

@@ -21,9 +21,6 @@ matplotlib.rcParams["font.size"] = 12
 COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00"
 CER = "character error rate, %"
 FAR = 10        # larger differences are written as numbers
-# Where the name of a language may stand beside its point, the nearest first, in points of CER.
-SPOTS = np.array([(0, 2), (0, -2), (2, 0), (-2, 0), (2, 2), (-2, -2), (2, -2), (-2, 2)])
-SPOTS = np.concatenate([SPOTS, 2 * SPOTS, 4 * SPOTS])
 
 
 def draw(path: Path):
@@ -112,7 +109,8 @@ def revealed(run):
 
 def bits(run):
     """Log-mel, which has no bits, becomes a horizontal line."""
-    cer = 100 * next(iter(run["test"].values()))["cer"]
+    first = next(iter(run["test"].values()))
+    cer = 100 * run["test"].get("test-clean", first)["cer"]
     for kbits in [run["bitrate"] / 1000] if run["bitrate"] else [0, 7]:
         yield "", kbits, cer
 
@@ -122,7 +120,7 @@ CLEAN = 30      # where clean speech stands on the axis of signal-to-noise ratio
 
 def noise(run):
     for test in run["test"].values():
-        if test["noise"]:
+        if test["noise"] and test["subset"] in run["test"]:
             kind = "recorded sounds" if "/" in test["noise"] else f"{test['noise']} noise"
             yield kind, test["snr"], 100 * test["cer"]
             yield kind, CLEAN - 5, np.nan               # which no line crosses
@@ -132,7 +130,7 @@ def noise(run):
 # ----------------------------------------------------------------------------------------- others
 
 def draw_languages(rows):
-    """Each language by its CER in two runs, the first ones of the first two labels."""
+    """The CER of each language in two runs, the first ones of the first two labels."""
     found = {}
     for _, label, run, _ in rows:
         for test in run["test"].values():
@@ -140,19 +138,15 @@ def draw_languages(rows):
                 found.setdefault(label.split(":")[0], test["cer_by_language"])
     if len(found) < 2:
         return None
-    (y, ours), (x, theirs) = [*found.items()][:2]
-    fig, (axis,) = canvas(f"Error rate by language: below the line, {y} are better", 8, 8)
-    axis.axline((50, 50), slope=1, color="gray", linewidth=1)
-    points = 100 * np.array([(theirs[lang], cer) for lang, cer in ours.items()])
-    taken = [*points]
-    for lang, point in zip(ours, points):
-        room = [np.abs(taken - spot).max(1).min() for spot in point + SPOTS]
-        spot = point + SPOTS[np.argmax(np.minimum(room, 2.5))]     # the nearest with room enough
-        taken.append(spot)
-        axis.plot(*zip(point, spot), color="0.7", linewidth=1, zorder=1)
-        axis.text(*spot, lang.split("-")[0], ha="center", va="center", size=11)
-    axis.plot(*points.T, ".", color=COLORS[0])
-    axis.set(xlabel=f"{x}: {CER}", ylabel=f"{y}: {CER}", aspect="equal")
+    fig, (axis,) = canvas("Error rate by language, lower is better", 7, 11)
+    first, *_ = found.values()
+    languages = sorted(first, key=first.get)
+    for (label, cers), color in zip(found.items(), COLORS[:2]):
+        percent = [100 * cers[lang] for lang in languages]
+        axis.plot(percent, languages, "o", color=color, label=label)
+    axis.set(xlabel=CER, ylim=(-1, len(languages)))
+    axis.grid(axis="y")
+    axis.legend()
     return fig
 
 
@@ -163,15 +157,16 @@ def draw_questions(runs):
         seeds = [run, runs.get(f"{name}-1", run)]
         if all(test in seed["test"] for seed in seeds):
             apart.append(100 * np.ptp([seed["test"][test]["cer"] for seed in seeds]))
-    answers, seen = {}, []
+    answers, count = {}, 0
     for question, label, run, base in rows_of(runs):
-        if base and run not in seen and test in run["test"] and test in base["test"]:
-            seen.append(run)
+        clean = not question.startswith("noise, ")
+        if base and clean and test in run["test"] and test in base["test"]:
             answers.setdefault(question, []).append((label, run, base))
+            count += 1
     if not answers:
         return None
 
-    fig, (axis,) = canvas("What changes the error rate?", 8, 3 + len(seen) / 4)
+    fig, (axis,) = canvas("What changes the error rate?", 8, 3 + count / 4)
     axis.axvspan(-max(apart), max(apart), color="0.88")
     axis.axvline(0, color="black", linewidth=1)
     names = []
