@@ -549,7 +549,7 @@ class Crops:
 def start_codebooks(codec: Codec, crops: Crops):
     """RVQ's k-means on the untrained encoder's latent of the first crops: eight frames per code.
 
-    Every process encodes the same crops.
+    Every process encodes the same crops; DistributedDataParallel then copies those of process 0.
     """
     frames = crops.batch * crops.length // codec.hop                        # per step
     steps = -(-8 * codec.quantizer.codebook_size // frames)

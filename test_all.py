@@ -463,7 +463,7 @@ def test_no_voice_and_no_sentence_is_in_two_subsets():
     with (mock.patch.object(codec, "speak"), mock.patch.object(codec.sf, "write"),      # no audio
           redirect_stderr(io.StringIO())):
         for _ in range(2):                  # a corpus that is there is left as it is
-            codec.prepare("synthetic", home, {})
+            codec.prepare("synthetic", home, [])
     for path in home.rglob("*.trans.txt"):
         subset, speaker = path.relative_to(home).parts[:2]
         for line in path.read_text().splitlines():

@@ -73,7 +73,7 @@ def read_subset(folders: list[Path], subset: str) -> tuple[list[Utterance], list
             found = read_librispeech(folder, subset, skipped)
         for item in tqdm(found, f"reading {subset}", leave=False, disable=None):
             try:
-                item.text.encode()          # raises for half a surrogate pair, such as \\ud83d
+                item.text.encode()          # raises for half a surrogate pair, such as \ud83d
                 if not item.text or "\ufffd" in item.text:
                     raise ValueError("its transcript is empty, or not UTF-8")
                 if item.id in kept:
