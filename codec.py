@@ -209,7 +209,7 @@ class Decoder(nn.Module):
         y = self.widen(self.slow(latent))                               # (B, slim * up, T)
         y = y.unflatten(1, (-1, self.up)).mT.flatten(2)                 # (B, slim, T * up)
         y = self.head(self.fast(y).mT).mT                               # (B, n_fft + 2, T * up)
-        log_magnitude, phase = y.chunk(2, dim=1)
+        log_magnitude, phase = y.chunk(2, 1)
         spectrum = torch.polar(log_magnitude.clamp(max=5).exp(), phase)
         window = torch.hann_window(self.n_fft, device=y.device)
         return torch.istft(spectrum, self.n_fft, self.spectrum_hop, window=window,
@@ -502,8 +502,8 @@ def start_processes(name: str):
 def run_stage(stage: Callable, args):
     """Bad input and Ctrl-C end a script with one line."""
     try:
-        if args.seed < 0:
-            raise ValueError(f"--seed {args.seed}: must be at least 0")
+        if not 0 <= args.seed < 1e9:
+            raise ValueError(f"--seed {args.seed}: must be at least 0, and below a billion")
         stage(args)
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -945,8 +945,8 @@ def parse(arguments=None):
     args.codebooks = args.codebooks or 8
     if min(args.codebooks, args.codebook_size, args.steps, args.batch, args.crop, args.lr) <= 0:
         parser.error("--codebooks, --codebook-size, --steps, --batch, --crop, --lr: above 0")
-    if args.codebook_size > 32_768:
-        parser.error("--codebook-size: at most 32768, as tokens are stored in 16 bits")
+    if args.codebook_size > 8192:
+        parser.error("--codebook-size: at most 8192: memory of k-means grows with its square")
     if min(args.strides) < 1 or math.prod(args.strides) % 2:
         parser.error("--strides: each at least 1, and their product even")
     return args

@@ -55,7 +55,6 @@ CODEC = ["--steps", 5, "--batch", 2, "--crop", 0.5, "--codebooks", 4]
 COPIES = [*MEL, "--hop", 160, "--speeds", 0.5, "--noise", "white", "--copies", 2]
 READING = "--epochs 5 --batch 3 --lr .006 --time-masks 0 --feature-masks 0 --subsampling 1".split()
 
-
 new_folder = lambda: Path(tempfile.mkdtemp(dir=SCRATCH.name))
 noise = lambda *shape, seed=0: torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 close = lambda one, other, tolerance=1e-5: torch.testing.assert_close(
@@ -181,10 +180,9 @@ def test_printed_commands_are_accepted_and_printed_numbers_are_those_of_the_stud
     assert defaults == [[1.0, 8, 1024, 500, 8, 0.001, False, 0], [400, 1, 1, 0],
                         [0, 1, 8, 0, 1, 0.0, 0.0, 3000, 256, False, 20, 40.0, 0.003, 0],
                         [False, 500, 3.0, 0.0, 0.5, 0]]
-    with mock.patch.object(study, "write_atomically") as save:
-        run(study, "tables")
-    known = save.call_args.args[1]
-    assert known == (HOME / "results/tables.md").read_text("utf-8")
+    with mock.patch.object(study, "write_atomically"):
+        known = run(study, "tables")
+    assert known == (HOME / "results/tables.md").read_text("utf-8") + "\n"
     for page, text in PAGES.items():
         for number in re.findall(r"[-+\d.]+ \([-\d.]+(?: to |-)[-\d.]+\)", text):
             assert number.lstrip("+") in known.replace("+", ""), f"{page}: {number}"
@@ -344,9 +342,8 @@ def test_rvq_passes_the_decoders_gradient_once_and_every_level_pulls_on_the_enco
     close(gradient, torch.ones_like(latent))
     (gradient,) = torch.autograd.grad(result.loss, latent)
     # Level n: the gradient of the mean squared distance to the sum of the first n codes.
-    sums = [quantizer.decode(result.tokens[:, :n]) for n in (1, 2, 3, 4)]
-    pulls = [2 / latent.numel() * (latent.detach() - first) for first in sums]
-    close(gradient, sum(pulls) / 4, 1e-7)
+    pulls = [latent.detach() - quantizer.decode(result.tokens[:, :n]) for n in (1, 2, 3, 4)]
+    close(gradient, sum(pulls) / 4 * 2 / latent.numel(), 1e-7)
 
 
 def test_codes_without_use_die_after_53_steps_and_move_to_the_data_each_to_its_own_frame():
@@ -542,8 +539,6 @@ def test_token_folder_holds_what_the_recognizer_needs_and_takes_no_other_tokens(
             ("features", "mel"), ("corpus", shutil.copytree(corpus(), new_folder() / "corpus"))):
         refused(f"tokens with {name}", tokenize, small_tokens(), f"--{name}", value)
     refused("tokens with snr", tokenize, tokens_with_copies(), *COPIES, "--snr", 1, 2)
-    tokenize_corpus.continue_folder(small_tokens(), found := meta | {"train": []})
-    assert found == meta        # a test subset that is added later does not hide the others
 
 
 def test_encodec_gives_eight_codebooks_at_75_hz():
@@ -575,6 +570,10 @@ def test_copies_are_made_of_the_training_subsets_and_not_scored():
         assert array.dtype == np.float16 and array.shape == (row["frames"], 80)
         assert len(array) == math.ceil(sf.info(row["audio"]).frames / row["speed"] / 160)
         assert row["noisy"] == (row["speed"] == 1 and not np.array_equal(array, plain))
+    out = tokenize(new_folder(), *COPIES, "--train", "dev", "--dev", "test")
+    before = read_rows(out / "dev.jsonl")
+    tokenize(out, *COPIES, "--test", "dev")         # a test subset, added later, takes nothing away
+    assert read_rows(out / "dev.jsonl") == before and train_asr.read_meta(out)["train"] == ["dev"]
 
 
 def test_noise_has_the_ratio_asked_for_and_follows_from_seed_and_id_alone():
@@ -730,7 +729,6 @@ def test_recognizer_learns_to_read_and_stores_its_mean_posterior_as_prior():
     log = read_rows(letter_asr().with_name("log.jsonl"))
     assert log[-1]["loss"] < 0.1 * log[0]["loss"] and log[-1]["dev_cer"] < 0.05
     prior = torch.load(letter_asr(), weights_only=True)["log_prior"].exp()
-    close(prior.sum(), torch.tensor(1.0), 1e-3)
     recognizer, data = Recognizer(letter_asr(), "cpu"), TokenSet(letters(), ["train"])
     probs = torch.cat([recognizer.log_probs(array)[0].exp() for array in data.arrays])
     close(prior, probs.mean(0), 2e-3)
@@ -782,14 +780,16 @@ def test_error_rates_are_those_of_jiwer_and_intervals_wider_where_errors_come_by
         return Score(rows, hyps)
     refs, hyps = ["THE CAT SAT", "A DOG", "SO", "NIL"], ["THE CAT SAT DOWN", "A", "GO", ""]
     summary = make_score(refs, hyps, 4).summary(0)
-    assert math.isclose(summary["wer"], evaluate.jiwer.wer(refs, hyps))
-    assert math.isclose(summary["cer"], evaluate.jiwer.cer(refs, hyps))
+    assert [summary["wer"], summary["cer"]] == [
+        evaluate.jiwer.wer(refs, hyps), evaluate.jiwer.cer(refs, hyps)]
     assert summary["by_speaker"]["s0"] == [1, 3, 5, 11]         # errors and length: words, letters
     refs, numbers, widths = ["ABCDEFGHIJ"] * 300, np.arange(300), []
     for bad in (numbers % 10 < 3, numbers // 10 % 10 < 3):      # three of ten speakers; all alike
         score = make_score(refs, ["ABCDE" if b else "ABCDEFGHIJ" for b in bad], 10)
         widths.append(np.diff(score.summary(0)["cer_interval"]))
     assert widths[0] > 0.1 > 5 * widths[1]
+    result = lambda **speakers: {"test": {"": {"by_speaker": speakers}}}    # one of whom is in both
+    assert study.difference(result(a=[2] * 4), result(b=[9] * 4, a=[9, 9, 1, 2]), "")[0] == 50
     rows = [{"id": f"{i}", "text": "A", "speaker": "one"[i // 5 * 3:]} for i in range(9)]
     assert Score(rows, "A" * 9).groups.max() == 4       # utterances whose speaker is unknown
 
@@ -914,7 +914,7 @@ def test_scripts_end_bad_input_and_ctrl_c_with_one_line():
     for stage, what, *flags in (
             (codec, "--train lost: no such subset", *speech, "--train", "lost"),
             (tokenize_corpus, "no such subset", *speech, "--test", corpus() / "test", *MEL),
-            (codec, "at most 32768", *RVQ, "--codebook-size", 40000), (codec, "seed", "--seed", -1),
+            (codec, "most 8192", *RVQ, "--codebook-size", 9000), (codec, "seed", "--seed", 10**9),
             (tokenize_corpus, "needs a dev subset", *no_dev, *MEL),
             (train_asr, "without a language", "--tokens", letters(), "--lang-token"),
             (train_asr, "no effect on mel", "--tokens", tokens_with_copies(), "--replace", 0.1),

@@ -77,7 +77,7 @@ def read_subset(folders: list[Path], subset: str) -> tuple[list[Utterance], list
                 if not item.text or "\ufffd" in item.text:
                     raise ValueError("its transcript is empty, or not UTF-8")
                 if item.id in kept:
-                    raise ValueError(f"{kept[item.id].audio} has the same id")
+                    raise ValueError(f"{kept[item.id].audio} has the same id; rename one")
                 if not item.audio.exists():
                     raise ValueError("no such file")
                 seconds = sf.info(item.audio).duration
@@ -289,9 +289,9 @@ def with_copies(utterances: list[Utterance], args) -> list[Utterance]:
     return utterances + copies
 
 
-def continue_folder(out: Path, meta: dict):
+def continue_folder(out: Path, meta: dict, args):
     """Raises ValueError if the folder holds tokens of another codec, corpus, noise or seed. A role
-    without subsets keeps those that an earlier command named."""
+    that this command does not name keeps the subsets that an earlier one gave it."""
     arrays = {*out.rglob("*.npy")} - {out / "codebooks.npy"}
     if not (out / "meta.json").exists() or not arrays:
         return
@@ -302,7 +302,8 @@ def continue_folder(out: Path, meta: dict):
             raise ValueError(f"{out} holds tokens with {name} {there}, not {meta[name]}: "
                              f"give another --out, or delete it")
     for role in "train", "dev", "test":
-        meta[role] = meta[role] or before[role]
+        if not getattr(args, role):
+            meta[role] = before[role] or meta[role]
 
 
 def encode_subset(front_end: FrontEnd, utterances: list[Utterance], noise: Noise, folder: Path,
@@ -354,7 +355,7 @@ def tokenize(args):
         "codec_path": os.path.relpath(Path(args.codec).resolve(), out.resolve()),
         "corpus": args.corpus, "speeds": args.speeds, "noise": args.noise, "snr": args.snr,
         "copies": args.copies, "seed": args.seed}
-    continue_folder(out, meta)
+    continue_folder(out, meta, args)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "meta.json", json.dumps(meta, indent=1))
@@ -365,7 +366,7 @@ def tokenize(args):
         for subset, folders in subsets.items():
             utterances, skipped = read_subset(folders, subset)
             noise = Noise(args.noise, args.snr, utterances, args.seed)
-            if subset in corpus["train"]:           # a subset may have two roles
+            if subset in meta["train"]:     # a subset may have two roles, one by an earlier command
                 utterances = with_copies(utterances, args)
             encode_subset(front_end, utterances[rank::world], noise, out / subset, args.workers)
             if world > 1:
@@ -418,7 +419,7 @@ def parse(arguments=None):
         refuse_idle(parser, args, "without --features mel", "hop")
     if not args.noise:
         refuse_idle(parser, args, "without --noise", "snr", "copies")
-    if args.codec == "encodec" and args.features == "latent":
+    if Path(args.codec).name == "encodec" and args.features == "latent":
         parser.error("--features latent needs a codec of ours, not encodec")
     if min(args.hop, args.copies) < 1 or not all(0.1 <= speed <= 10 for speed in args.speeds):
         parser.error("--hop and --copies must be above 0, --speeds between 0.1 and 10")

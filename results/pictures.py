@@ -151,35 +151,38 @@ def draw_languages(rows):
 
 
 def draw_questions(runs):
-    """The difference of each run from its reference, in CER on test-clean."""
+    """The difference of each run from its reference, in CER on test-clean; seeds below each other.
+    The older questions are left to tables.md."""
     test, apart = "test-clean", [0]
     for name, run in runs.items():
         seeds = [run, runs.get(f"{name}-1", run)]
         if all(test in seed["test"] for seed in seeds):
             apart.append(100 * np.ptp([seed["test"][test]["cer"] for seed in seeds]))
-    answers, count = {}, 0
+    answers = {}            # question: {label: [what difference() returns, for each seed]}
     for question, label, run, base in rows_of(runs):
-        clean = not question.startswith("noise, ")
-        if base and clean and test in run["test"] and test in base["test"]:
-            answers.setdefault(question, []).append((label, run, base))
-            count += 1
+        fair = not question.startswith("noise") and not question.endswith("older")
+        if base and fair and test in run["test"] and test in base["test"]:
+            labels = answers.setdefault(question, {})
+            labels.setdefault(label, []).append(difference(run, base, test))
     if not answers:
         return None
 
-    fig, (axis,) = canvas("What changes the error rate?", 8, 3 + count / 4)
+    names = []              # from top to bottom
+    fig, (axis,) = canvas("What changes the error rate?", 8, 8)
     axis.axvspan(-max(apart), max(apart), color="0.88")
     axis.axvline(0, color="black", linewidth=1)
-    names = []
-    for question, rows in answers.items():
+    for question, labels in answers.items():
         names.append(question)
-        for label, run, base in rows:
-            middle, low, high = difference(run, base, test)
-            if middle > FAR:
-                axis.text(FAR, len(names), f"{middle:+.0f} ▶", ha="right", va="center")
-            else:
-                axis.plot([low, high], 2 * [len(names)], linewidth=2, color=COLORS[0])
-                axis.plot(middle, len(names), "o", color=COLORS[0])
-            names.append(label + ", seed 1" * run["flags"]["seed"])
+        for label, seeds in labels.items():
+            for number, (middle, low, high) in enumerate(seeds):
+                y = len(names) + number / 3
+                if middle > FAR:
+                    axis.text(FAR - 1.2 * number, len(names), f"{middle:+.0f} ▶", ha="right",
+                              va="center")
+                else:
+                    axis.plot([low, high], [y, y], linewidth=2, color=COLORS[0])
+                    axis.plot(middle, y, "o", color=COLORS[0])
+            names.append(label)
     axis.set_yticks(range(len(names)), names)
     for name in axis.get_yticklabels():
         if name.get_text() in answers:
@@ -187,6 +190,6 @@ def draw_questions(runs):
     axis.set(xlim=(None, FAR), ylim=(len(names), -1))
     fig.supxlabel("points of character error rate (test-clean) more than the reference, which is\n"
                   "RVQ tokens of the mel encoder unless a row says otherwise: left is better.\n"
-                  "Lines: 95% intervals. Gray: two seeds of a command differ by up to "
+                  "Lines: 95% intervals, one for each seed. Gray: two seeds differ by up to "
                   f"{max(apart):.1f}.", size=12)
     return fig

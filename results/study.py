@@ -36,7 +36,7 @@ from tqdm import tqdm
 from asr_model import CodecASR
 from codec import (SAMPLE_RATE, Codec, LogMel, load_checkpoint, mel_window, read_audio, run_stage,
                    write_atomically)
-from evaluate import Recognizer, origin, percent, rate, resampled, table
+from evaluate import Recognizer, interval, origin, percent, rate, resampled, table
 from train_asr import TokenSet, frames_needed
 
 STUDY_FILE = Path(__file__).with_name("study.json")
@@ -61,6 +61,7 @@ embedding tables   codebooks, never trained         runs/study/frozen          r
 embedding tables   start as shuffled codebooks      runs/study/shuffled        runs/study/baseline
 embedding tables   start at random                  runs/study/random          runs/study/baseline
 embedding tables   random, ten times the rate       runs/study/random-fast     runs/study/baseline
+embedding tables   random, 24 epochs                runs/study/random-24       -
 sum of embeddings  side by side instead             runs/study/stack           runs/study/baseline
 bits               first codebooks alone: 1         runs/study/codebooks-1     runs/study/baseline
 bits               first codebooks alone: 2         runs/study/codebooks-2     runs/study/baseline
@@ -96,7 +97,6 @@ codecs             time encoder, RVQ                runs/study/codec-time      -
 codecs             time encoder, FSQ                runs/study/codec-time-fsq  -
 content            RVQ                              runs/study/baseline        -
 content            FSQ                              runs/study/fsq             -
-input, older       tokens: against log-mel          runs/quick/rvq             runs/quick/mel
 input, older       log-mel, 100 Hz to 25            runs/quick/mel10           runs/quick/mel
 input, older       latent of FSQ, not its codes     runs/quick/latent          runs/quick/fsq-3
 input, older       9.5 hours of speech, not 5.3     runs/more/asr              runs/quick/rvq
@@ -149,15 +149,15 @@ def collect(args):
         report = read(path)
         if "mel_distance" in report:            # of a codec, whose flags and log are beside it
             saved = load_checkpoint(path.with_name("codec.pt"), "codec")
-            codec = report | {"flags": saved["flags"], "log": saved["log"]}
-            report = {"codecs": {str(path.parent): codec}}
+            report |= {"flags": saved["flags"], "log": saved["log"]}
+            report = {"codecs": {str(path.parent): report}}
         for name, run in report.pop("runs", {}).items():
             add_run(study["runs"], name.removesuffix("/asr.pt"), run, made=report)
         for section in study.keys() & report.keys():
             study[section] |= report[section]
     # One run per line, so that git shows what changed.
-    text = json.dumps(study, sort_keys=True).replace('}, "runs/', '},\n"runs/')
-    write_atomically(STUDY_FILE, text)
+    write_atomically(STUDY_FILE, json.dumps(study, sort_keys=True).replace(
+        '}, "runs/', '},\n"runs/'))
     print(f"wrote {STUDY_FILE}: {len(study['runs'])} runs")
 
 
@@ -175,15 +175,15 @@ def rows_of(entries):
     """A section of study.json -> question, label, entry, what it is compared with or None.
 
     Of rows that agree in question, label and seed, the first one counts."""
-    found = {}
+    rows = {}
     for line in STUDY.strip().splitlines():
         question, label, name, base = re.split("  +", line)
         for seed in ("", "-1"):
             run, other = entries.get(name + seed), entries.get(base + seed)
             if run and (other or base == "-"):
-                key = question, label, run["flags"]["seed"]
-                found.setdefault(key, (question, label, run, other))
-    return [*found.values()]
+                row = question, label, run, other
+                rows.setdefault((question, label, run["flags"]["seed"]), row)
+    return [*rows.values()]
 
 
 # ----------------------------------------------------------------------------------------- tables
@@ -191,14 +191,15 @@ def rows_of(entries):
 def difference(run, base, test, words=False):
     """CER (or WER) of a run minus that of another, and its 95% interval, in points.
 
-    Speakers are resampled together.
+    Speakers are resampled together; a reader of our study may have more of them than we had.
     """
     columns = slice(2) if words else slice(2, 4)
-    ours, theirs = [np.array([*found["test"][test]["by_speaker"].values()])[:, columns]
-                    for found in (run, base)]
-    speakers = np.arange(len(ours))
+    ours, theirs = run["test"][test]["by_speaker"], base["test"][test]["by_speaker"]
+    pairs = np.array([(ours[name], theirs[name]) for name in ours if name in theirs])
+    ours, theirs = pairs[..., columns].swapaxes(0, 1)       # (speakers, 2) each
+    speakers = np.arange(len(pairs))
     spread = resampled(ours, speakers, 0) - resampled(theirs, speakers, 0)
-    return [100 * (rate(ours) - rate(theirs)), *np.percentile(100 * spread, [2.5, 97.5])]
+    return [100 * (rate(ours) - rate(theirs)), *interval(100 * spread)]
 
 
 def tables(args):
@@ -301,7 +302,6 @@ def benchmark(args):
     for name, codebooks, hop, subsampling in (
             ("tokens, 40 frames per second", 8, 400, 1),
             ("log-mel from audio, 40 frames per second", 0, 400, 1),
-            ("log-mel from audio, 100 frames per second", 0, 160, 1),
             ("log-mel from audio, 100 frames per second, subsampled to 25", 0, 160, 4)):
         mel = LogMel(mel_window(hop), hop, 80)
         model = CodecASR(32, codebooks, 1000, 80, "sum", "tiny", subsampling)

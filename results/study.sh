@@ -7,7 +7,7 @@
 # The variable TEST names other test subsets:
 #     TEST="test-clean test-other" bash results/study.sh mini
 #
-# Except for headline, quick and lang, all runs are `tiny`, last 12 epochs, and hide nothing (no
+# Except for headline, quick, random-24 and lang, runs are `tiny`, last 12 epochs, and hide nothing (no
 # masks). Older runs (runs/old in study.json) hid ten spans of time of up to 5% of an utterance,
 # four codebooks and two bands, without self-conditioned CTC: they cannot be repeated exactly.
 set -euo pipefail
@@ -94,6 +94,10 @@ random)         # 80: tables start at random, with the mean and deviation of the
 random-fast)    # 80: the same at ten times the rate, as rows a tenth as long learn faster
     tables fast "codebooks / 10"
     asr random-fast runs/mini/tokens-fast --embedding random
+    ;;
+random-24)      # 80: twice as many epochs, one seed
+    seed 0 runs/study/random-24 runs/mini/tokens --epochs 24 --time-masks 0 --feature-masks 0 \
+        --embedding random
     ;;
 frozen)         # 80: tables stay codebooks
     asr frozen runs/mini/tokens --embedding frozen
