@@ -18,7 +18,7 @@ except ImportError:
 
 matplotlib.rcParams["font.size"] = 12
 # Okabe and Ito's colors, which color-blind readers tell apart.
-COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00"
+COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00", "#999999"
 CER = "character error rate, %"
 FAR = 10        # larger differences are written as numbers
 
