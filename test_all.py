@@ -789,7 +789,7 @@ def test_error_rates_are_those_of_jiwer_and_intervals_wider_where_errors_come_by
         widths.append(np.diff(score.summary(0)["cer_interval"]))
     assert widths[0] > 0.1 > 5 * widths[1]
     result = lambda **speakers: {"test": {"": {"by_speaker": speakers}}}    # one of whom is in both
-    assert study.difference(result(a=[2] * 4), result(b=[9] * 4, a=[9, 9, 1, 2]), "")[0] == 50
+    assert study.difference(result(a=[2] * 4, c=0), result(b=0, a=[9, 9, 1, 2]), "")[0] == 50
     rows = [{"id": f"{i}", "text": "A", "speaker": "one"[i // 5 * 3:]} for i in range(9)]
     assert Score(rows, "A" * 9).groups.max() == 4       # utterances whose speaker is unknown
 

@@ -178,7 +178,7 @@ def rows_of(entries):
     rows = {}
     for line in STUDY.strip().splitlines():
         question, label, name, base = re.split("  +", line)
-        for seed in ("", "-1"):
+        for seed in "", "-1":
             run, other = entries.get(name + seed), entries.get(base + seed)
             if run and (other or base == "-"):
                 row = question, label, run, other
@@ -222,8 +222,9 @@ def tables(args):
             answers.setdefault(question, []).append(row)
     header = ["run", "test", "WER % (95%)", "CER % (95%)", "minus its reference (95%)"]
     pages = [f"## {question}\n\n{table(header, rows)}" for question, rows in answers.items()]
-    write_atomically(STUDY_FILE.with_name("tables.md"), "\n".join(pages))
-    print(*pages, sep="\n")
+    page = "\n".join(pages)
+    write_atomically(STUDY_FILE.with_name("tables.md"), page)
+    print(page)
 
 
 def figures(args):

@@ -7,9 +7,10 @@
 # The variable TEST names other test subsets:
 #     TEST="test-clean test-other" bash results/study.sh mini
 #
-# Except for headline, quick, random-24 and lang, runs are `tiny`, last 12 epochs, and hide nothing (no
-# masks). Older runs (runs/old in study.json) hid ten spans of time of up to 5% of an utterance,
-# four codebooks and two bands, without self-conditioned CTC: they cannot be repeated exactly.
+# Except for headline, quick and lang, all runs are `tiny`, last 12 epochs unless their name says
+# otherwise, and hide nothing (no masks). Older runs (runs/old in study.json) hid ten spans of time
+# of up to 5% of an utterance, four codebooks and two bands, without self-conditioned CTC: they
+# cannot be repeated exactly.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mini=(--corpus mini-librispeech --speeds 0.8 0.9 1.1 1.2 --test ${TEST:-test-clean})
