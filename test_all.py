@@ -2,7 +2,6 @@
 
     python test_all.py                  # all, about a minute on two cores; pytest runs them, too
     python test_all.py noise resume     # those with one of these words in their names
-The last line counts: "N passed, M failed". Files go to a temporary folder.
 """
 
 import gzip
@@ -52,7 +51,7 @@ torch.set_num_threads(1)                    # the models are so small that threa
 FOUR = list(product(("mel", "time"), ("fsq", "rvq")))
 FSQ, RVQ, MEL = ["--quantizer", "fsq"], ["--codebook-size", 64], ["--features", "mel"]
 CODEC = ["--steps", 5, "--batch", 2, "--crop", 0.5, "--codebooks", 4]
-COPIES = [*MEL, "--hop", 160, "--speeds", 0.5, "--noise", "white", "--copies", 2]
+COPIES = [*MEL, "--hop", 160, "--speeds", 0.5, "--equalize", 5, "--noise", "white", "--copies", 2]
 READING = "--epochs 5 --batch 3 --lr .006 --time-masks 0 --feature-masks 0 --subsampling 1".split()
 
 new_folder = lambda: Path(tempfile.mkdtemp(dir=SCRATCH.name))
@@ -346,7 +345,7 @@ def test_rvq_passes_the_decoders_gradient_once_and_every_level_pulls_on_the_enco
     close(gradient, sum(pulls) / 4 * 2 / latent.numel(), 1e-7)
 
 
-def test_codes_without_use_die_after_53_steps_and_move_to_the_data_each_to_its_own_frame():
+def test_codes_start_apart_and_those_without_use_move_after_53_steps_each_to_its_own_frame():
     latents, dead = [5 + noise(8, 2, 50, seed=n) for n in range(53)], range(3, 60)
     quantizer = make_rvq(2, 1, 64).train()
     quantizer.embed[0, 3:61] = quantizer.ema_sum[0, 3:61] = 1e6     # far from the data
@@ -360,9 +359,6 @@ def test_codes_without_use_die_after_53_steps_and_move_to_the_data_each_to_its_o
             assert torch.pdist(moved).min() > 1e-4
     assert len(set(tokens.flatten().tolist()) & set(dead)) > 20     # those that moved stay
     assert quantizer.embed[0, 60].max() < 100
-
-
-def test_kmeans_leaves_no_zero_or_double_code_at_deep_levels():
     quantizer = ResidualVQ(16, num_codebooks=8, codebook_size=32)
     quantizer.initialize(noise(8 * 32, 16))
     for book in quantizer.codebooks():
@@ -480,8 +476,7 @@ def test_download_is_checked_and_unpacked_inside_its_folder():
         serve = partial(http.server.SimpleHTTPRequestHandler, directory=home)
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve)
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        with (mock.patch.multiple(codec, OPENSLR=url, MD5=md5),
+        with (mock.patch.multiple(codec, OPENSLR=f"http://127.0.0.1:{server.server_port}", MD5=md5),
               redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO())):
             codec.fetch_librispeech(home / "data", "train-clean-5")
     home = new_folder()
@@ -501,8 +496,7 @@ def test_three_layouts_are_read_as_one_corpus_and_no_name_leads_out_of_the_outpu
     for path in (libri / "7-1-0.wav", libri / "7-1-1.wav", libri / "7-1-2.wav",
                  superb / "wav/b.wav", *(rows / name for name in names)):
         write(path, 0.1 * noise(4000))
-    transcripts = b"\xef\xbb\xbf7-1-0 HELLO  THERE\r\n7-1-1\r\n7-1-9 LOST\r\n"
-    (libri / "7-1.trans.txt").write_bytes(transcripts)
+    (libri / "7.trans.txt").write_bytes(b"\xef\xbb\xbf7-1-0 HELLO  THERE\r\n7-1-1\r\n7-1-9 GO\r\n")
     for speaker in "a-1", "a-2":                        # whose files have the same names
         path = write(home / "libri/train" / speaker / "u-1.wav", 0.1 * noise(4000))
         path.with_name("a.trans.txt").write_text("u-1 HI\n")
@@ -568,7 +562,8 @@ def test_copies_are_made_of_the_training_subsets_and_not_scored():
     for row in rows:
         array, plain = arrays[row["id"]], arrays[row["copy_of"] or row["id"]]
         assert array.dtype == np.float16 and array.shape == (row["frames"], 80)
-        assert len(array) == math.ceil(sf.info(row["audio"]).frames / row["speed"] / 160)
+        late = math.ceil(sf.info(row["audio"]).frames / row["speed"] / 160) - len(array)
+        assert 0 <= late <= 3 * (row["equalize"] == 5) == 3 * (row["speed"] == 0.5)
         assert row["noisy"] == (row["speed"] == 1 and not np.array_equal(array, plain))
     out = tokenize(new_folder(), *COPIES, "--train", "dev", "--dev", "test")
     before = read_rows(out / "dev.jsonl")
@@ -576,7 +571,7 @@ def test_copies_are_made_of_the_training_subsets_and_not_scored():
     assert read_rows(out / "dev.jsonl") == before and train_asr.read_meta(out)["train"] == ["dev"]
 
 
-def test_noise_has_the_ratio_asked_for_and_follows_from_seed_and_id_alone():
+def test_noise_and_equalization_are_as_strong_as_asked_and_follow_from_seed_and_id_alone():
     wav, item = 0.1 * noise(20_000), Utterance("a", "", "", "", Path("a.wav"))
     speech = [item._replace(id=path.stem, audio=path) for path in sorted(corpus().rglob("*.flac"))]
     for kind in ("white", "pink", "babble", str(corpus() / "dev")):
@@ -587,6 +582,11 @@ def test_noise_has_the_ratio_asked_for_and_follows_from_seed_and_id_alone():
         assert torch.equal(add(wav, item), noisy), kind
         for other in (seeded(wav, item), add(wav, item._replace(id="b"))):
             assert not torch.equal(other, noisy), kind
+    rng, again = (np.random.default_rng(3) for _ in range(2))
+    found, late = tokenize_corpus.equalize(wav, 5.0, rng), wav[again.integers(400):]
+    gain = 20 * torch.log10((torch.fft.rfft(found) / torch.fft.rfft(late)).abs())
+    octaves = [round(2**octave * len(late) / 256) for octave in range(8)]       # 62.5 Hz to 8 kHz
+    close(gain[octaves].double(), torch.tensor(again.normal(0, 5, 8)), 0.1)
 
 
 def test_tokenizing_continues_after_an_interruption_and_after_a_wrong_command():
