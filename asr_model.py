@@ -35,7 +35,7 @@ def real_steps(steps: int, lengths: Tensor) -> Tensor:
 
 @dataclass
 class Augment:
-    """Damage to the training input, so that the model does not learn a small corpus by heart."""
+    """Augmentation of the training input, so that the model does not memorize a small corpus."""
     time_masks: int = 0             # spans of time hidden, each up to a twentieth of the utterance
     longest_mask: float = 8.0       # upper limit on a time mask, in frames
     codebook_masks: int = 0         # codebooks hidden, each for up to half of the utterance
@@ -88,7 +88,7 @@ class Augment:
 # --------------------------------------------------------------------------------------- embedding
 
 class TokenEmbedding(nn.Module):
-    """tokens (B, T, Q) -> (B, T, D): rows of Q tables, summed, or side by side (B, T, Q * D)."""
+    """tokens (B, T, Q) -> (B, T, D): rows of Q tables, summed, or concatenated (B, T, Q * D)."""
 
     def __init__(self, num_codebooks: int, codebook_size: int, dim: int, aggregate: str):
         super().__init__()

@@ -302,7 +302,7 @@ class Codec(nn.Module):
             codec = cls(**saved["config"])
             codec.load_state_dict(saved["model"])
         except (KeyError, TypeError, RuntimeError):
-            raise ValueError(f"{path}: not a whole codec; copy or train it again")
+            raise ValueError(f"{path}: an incomplete codec; copy or train it again")
         return codec.to(device).eval()
 
 
@@ -313,7 +313,7 @@ WEIGHTS = {"mel": 1.0, "wave": 0.1, "quantizer": 1.0, "adversarial": 1.0, "match
 
 
 class MelDistance(nn.Module):
-    """Distance of log-mel spectra at seven resolutions, from sharp in time to sharp in pitch."""
+    """Distance of log-mel spectra at seven resolutions, from fine in time to fine in frequency."""
 
     BANDS = {32: 5, 64: 10, 128: 20, 256: 40, 512: 80, 1024: 120, 2048: 160}    # window: mel bands
 
@@ -362,7 +362,7 @@ class Discriminator(nn.Module):
 
 
 def generator_losses(discriminator: Discriminator, wav: Tensor, made: Tensor) -> dict[str, Tensor]:
-    """Squared GAN loss, and matching of the layers' outputs: means over resolutions and layers."""
+    """Least-squares GAN loss, and feature matching: means over resolutions and layers."""
     with torch.no_grad():
         real = discriminator(wav)
     scores = []
@@ -774,7 +774,7 @@ def check_wav_size(path: str | Path):
     with open(path, "rb") as file:
         kind = file.read(4)
         size = int.from_bytes(file.read(4), "little")
-    # Programs that do not know the size yet write 2 GiB or more.
+    # Programs that stream a WAV may write a size of 2 GiB or more.
     if kind == b"RIFF" and os.path.getsize(path) < 0.9 * size and size < 0x7f000000:
         raise ValueError(f"{path}: is truncated: its header says {size} bytes")
 

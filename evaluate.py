@@ -76,7 +76,7 @@ class Recognizer:
             self.model = build_model(self.flags, self.meta, len(self.units))
             self.model.load_state_dict(saved["model"])
         except (KeyError, TypeError, RuntimeError):
-            raise ValueError(f"{self.path}: not a whole recognizer; copy or train it again")
+            raise ValueError(f"{self.path}: an incomplete recognizer; copy or train it again")
         self.model.to(self.device).eval()
         # codec_path is relative to the checkpoint.
         self.codec = codec or self.path.parent / self.meta["codec_path"]
@@ -404,7 +404,7 @@ def parse(arguments=None):
     add = flag_group(parser, "recognizer, and what to recognize")
     add("--asr", "runs/asr/asr.pt", "a recognizer, or its folder")
     add("--test", [], "subsets to evaluate, if not the test subsets of the token folder")
-    add("--tokens", None, "folder of tokens; the one it was trained on unless given")
+    add("--tokens", None, "folder of tokens, if not that of its training")
     add("--compare", [],
         "recognizers or their folders: one table of all, against the first", metavar="RUN")
     add("--noise", [], "also evaluate in noise: white, pink, babble, or folders of audio")

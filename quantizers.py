@@ -222,7 +222,7 @@ class GroupFSQ(nn.Module):
     def codebooks(self) -> Tensor:
         """(Q, K, D): each group's points in its own slice of D, zeros elsewhere."""
         codes = torch.arange(self.codebook_size, device=self.basis.device)
-        # All codes pose as K frames of one group, (1, K, 1); unpack and values are below.
+        # The codes serve as K frames of one group, (1, K, 1); unpack and values are below.
         points = self.values(self.unpack(codes[None, :, None]))[0].T        # (K, d)
         groups = torch.eye(self.num_codebooks, device=points.device)
         return torch.kron(groups, points).view(len(groups), -1, self.dim)

@@ -895,7 +895,7 @@ def test_a_checkpoint_runs_no_strangers_code_and_lacks_nothing():
         parts = [{key: value for key, value in whole.items() if key != name} for name in names]
         for part in *parts, whole | {"model": dict([*whole["model"].items()][1:])}:
             torch.save(part, path)
-            refused("not a whole", load, path)
+            refused("an incomplete", load, path)
     np.save(tokens / "train" / "0.npy", np.array([trap], object), allow_pickle=True)
     refused("allow_pickle=False", TokenSet, tokens, ["train"])
     assert not evil.exists()

@@ -13,7 +13,7 @@ out  runs/tokens/meta.json              codec (fingerprint and path), hop, Q, K,
 
 my-corpus holds subsets train, dev and test in one of three layouts: LibriSpeech's folders;
 manifests such as train.jsonl, with a line {"audio_filepath": "a.wav", "text": "GUTEN TAG"} for each
-file, and perhaps "lang" and "speaker" in it; or ML-SUPERB's <dataset>/<lang>/transcript_train.txt.
+file, optionally with "lang" and "speaker"; or ML-SUPERB's <dataset>/<lang>/transcript_train.txt.
 Test subsets alone are enough for evaluate.py. The same command continues an interrupted run.
 
 Legend: S samples, T token frames, Q codebooks, K codes, D feature size.

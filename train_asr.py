@@ -474,23 +474,23 @@ def parse(arguments=None):
     add("--tokens", "runs/tokens", "folder that tokenize_corpus.py wrote")
     add("--size", "tiny", "width and depth of the Conformer", choices=SIZES)
     add("--embedding", "codebook",
-        "tables start as the codec's codebooks; at random, with mean and deviation of each "
-        "codebook; or as codebooks that do not learn", choices=("codebook", "random", "frozen"))
+        "tables start as the codec's codebooks; at random, with each codebook's mean and "
+        "standard deviation; or as frozen codebooks", choices=("codebook", "random", "frozen"))
     add("--aggregate", "sum",
-        "the rows of the Q tables are added (normalized, this is the paper's average), or put "
-        "side by side", choices=("sum", "stack"))
+        "the rows of the Q tables are added (normalized, this is the paper's average), or "
+        "concatenated", choices=("sum", "stack"))
     add("--codebooks", 0, "use only the first N codebooks; 0: all")
     add("--subsampling", 1,
         "input frames merged into one: 4 for 10 ms log-mel, 2 for 80 Hz tokens",
         choices=(1, 2, 4))
-    add = flag_group(parser, "damage to the training input")
+    add = flag_group(parser, "augmentation of the training input")
     add("--time-masks", 8, "spans of time hidden, each up to 5%% of the utterance and 0.2 s")
     add("--codebook-masks", 0, "codebooks hidden, each for up to half of an utterance")
     add("--feature-masks", 1, "bands of the embedding hidden, each up to a third")
     add("--replace", 0.0, "share of tokens replaced by random codes")
     add("--noisy-embedding", 0.0,
         "standard deviation of noise on the embedding, relative to its own, such as 0.3")
-    add("--curriculum", 3000, "steps over which this damage, and noisy copies, ramp up; 0: none")
+    add("--curriculum", 3000, "steps over which augmentation and noisy copies ramp up; 0: none")
     add = flag_group(parser, "text units")
     add("--units", "char", "text units", choices=("char", "unigram", "bpe"))
     add("--vocab-size", 256, "number of text units, with unigram or bpe")

@@ -28,7 +28,7 @@ def draw(path: Path):
     report = read(path)
 
     def rows(section, question):
-        """Runs that the study does not list, your own, answer each question as far as they can."""
+        """Runs that the study does not list (your own) are drawn for every question."""
         entries = report.get(section, {})
         listed = [row for row in rows_of(entries) if row[0] == question]
         return listed or [(question, name, entry, None) for name, entry in entries.items()]
@@ -42,7 +42,7 @@ def draw(path: Path):
         "noise": draw_lines(rows("runs", "noise"), noise, "signal-to-noise ratio, dB", CER,
                             "Error rate in noise, lower is better"),
         "codecs": draw_lines(rows("codecs", "codecs"), distance, "training step", "mel distance",
-                             "How well codecs reproduce training speech, lower is better"),
+                             "Mel distance of codecs on training speech, lower is better"),
         "content": draw_lines(rows("content", "content"), revealed, "codebook", "bits",
                               "What the code of each codebook reveals"),
         "languages": draw_languages(rows("runs", "languages")),
@@ -104,7 +104,7 @@ def distance(codec):
 def revealed(run):
     for kind in ("character", "speaker"):
         for level, found in enumerate(run[kind], 1):
-            yield f"of the {kind}", level, found
+            yield f"about the {kind}", level, found
 
 
 def bits(run):

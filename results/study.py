@@ -62,7 +62,7 @@ embedding tables   start as shuffled codebooks      runs/study/shuffled        r
 embedding tables   start at random                  runs/study/random          runs/study/baseline
 embedding tables   random, ten times the rate       runs/study/random-fast     runs/study/baseline
 embedding tables   random, 24 epochs                runs/study/random-24       -
-sum of embeddings  side by side instead             runs/study/stack           runs/study/baseline
+sum of embeddings  concatenated instead             runs/study/stack           runs/study/baseline
 bits               first codebooks alone: 1         runs/study/codebooks-1     runs/study/baseline
 bits               first codebooks alone: 2         runs/study/codebooks-2     runs/study/baseline
 bits               first codebooks alone: 4         runs/study/codebooks-4     runs/study/baseline
@@ -319,7 +319,7 @@ def benchmark(args):
 
 
 def speed(function):
-    """Seconds of speech per second of a function that takes in a minute."""
+    """Seconds of speech per second of a function that processes a minute."""
     return round(60 / min(timeit.repeat(function, number=1)))
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Each run of the study by name, in order: `bash results/study.sh NAME`; without a name, a list.
-# A name stands for one or two hours. The minutes are those of one core of an Intel Xeon with AMX,
+# Most names take one to two hours. The minutes are those of one core of an Intel Xeon with AMX,
 # for both seeds where there are two. Everything goes to runs/; a stopped run continues when it is
 # repeated. On a GPU, several can run side by side:
 #     echo baseline log-mel random | xargs -n 1 -P 3 bash results/study.sh
@@ -23,7 +23,7 @@ codec() {       # NAME, flags: a codec in runs/study/codec-NAME
 tokens() {      # NAME, CODEC, flags: tokens in runs/study/tokens-NAME
     python tokenize_corpus.py "${mini[@]}" --codec "$2/codec.pt" --out "runs/study/tokens-$1" "${@:3}"
 }
-tables() {      # NAME, CODE: runs/mini/tokens-NAME, whose tables start as CODE, in Python, says
+tables() {      # NAME, CODE: runs/mini/tokens-NAME, its codebooks replaced by CODE, in Python
     local part=runs/mini/part-$1
     [ -e "runs/mini/tokens-$1" ] && return
     rm -rf "$part"
@@ -103,7 +103,7 @@ random-24)      # 80: twice as many epochs, one seed
 frozen)         # 80: tables stay codebooks
     asr frozen runs/mini/tokens --embedding frozen
     ;;
-stack)          # 80: embeddings side by side instead of summed
+stack)          # 80: embeddings concatenated instead of summed
     asr stack runs/mini/tokens --aggregate stack
     ;;
 codebooks-1)    # 80: the first codebook alone
@@ -184,7 +184,7 @@ noisy-0.3)      # 80: noise on the embedding
 noisy-1)        # 80
     asr noisy-1 runs/mini/tokens --noisy-embedding 1
     ;;
-noise)          # 120: these runs in noise; after baseline, log-mel, pink*, noisy-*
+noise)          # 120: evaluation in noise; after baseline, log-mel, pink*, noisy-*
     noise runs/mini/tokens runs/study/{baseline,noisy-0.3,noisy-1}{,-1}
     noise runs/mini/mel runs/study/log-mel{,-1}
     noise runs/study/tokens-pink runs/study/pink{,-1}
