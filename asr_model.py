@@ -253,14 +253,15 @@ class CodecASR(nn.Module):
             out_len = (out_len + 1) // 2
         real = real_steps(y.shape[1], out_len)                                      # (B, T')
         cos, sin = self.angles(y.shape[1], y.device)
-        half, log_probs = len(self.blocks) // 2, []
-        for blocks in self.blocks[:half], self.blocks[half:]:
-            if log_probs:
-                y = y + self.feedback(log_probs[0].exp())
-            for block in blocks:
-                y = block(y, real, cos, sin)
-            log_probs.append(self.output(y).float().log_softmax(-1))            # (B, T', V)
-        return torch.stack(log_probs) if halfway else log_probs[1], out_len
+        half = len(self.blocks) // 2
+        for block in self.blocks[:half]:
+            y = block(y, real, cos, sin)
+        early = self.output(y).float().log_softmax(-1)                              # (B, T', V)
+        y = y + self.feedback(early.exp())
+        for block in self.blocks[half:]:
+            y = block(y, real, cos, sin)
+        late = self.output(y).float().log_softmax(-1)                               # (B, T', V)
+        return torch.stack([early, late]) if halfway else late, out_len
 
     def angles(self, steps: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin of the rotary angles: (T', C / H / 2) each."""

@@ -598,9 +598,9 @@ def resume_codec(out: Path, args) -> dict | None:
     saved = load_checkpoint(path, "codec")
     flags = saved["flags"]
     if args.adversarial and not flags["adversarial"] and saved["step"] == flags["steps"]:
-        saved |= {"decoder_only": True, "step": 0, "log": [], "optimizers": []}
         # Encoder, quantizer, strides, codebooks, their size and --size must stay.
-        flags = saved["config"]
+        check_same_flags(path, saved["config"], args)
+        return saved | {"decoder_only": True, "step": 0, "log": [], "optimizers": []}
     check_same_flags(path, flags, args)
     return saved
 

@@ -96,18 +96,18 @@ class Recognizer:
     def log_probs(self, array: Tensor) -> Tensor:
         """A recording of any length, (T, Q) or (T, D) -> (1, T', V), in bounded memory.
 
-        Recordings longer than 50 seconds are read in windows. Neighbors overlap by ten seconds,
-        and each supplies the half of the overlap in which it has more context.
+        It is read in pieces of 50 seconds, each with five more on both sides as context.
         """
         factor = self.flags["subsampling"]
-        second = round(self.meta["sample_rate"] / self.meta["hop"] / factor)    # in output frames
+        second = round(self.meta["sample_rate"] / self.meta["hop"] / factor)
+        piece, context = 50 * second, 5 * second    # output frames; times factor: input frames
         array = array[None, :, :self.flags["codebooks"] or None].to(self.device)
-        parts = []                  # start, first: output frames; times factor: input frames
-        for start in range(0, -(-array.shape[1] // factor), 50 * second):
-            first = max(0, start - 5 * second)
-            part = array[:, first * factor:(start + 55 * second) * factor]
+        parts = []
+        for start in range(0, -(-array.shape[1] // factor), piece):
+            first = max(0, start - context)
+            part = array[:, first * factor:(start + piece + context) * factor]
             log_probs, _ = self.model(part, torch.tensor([part.shape[1]], device=self.device))
-            parts.append(log_probs[:, start - first:start - first + 50 * second].cpu())
+            parts.append(log_probs[:, start - first:start - first + piece].cpu())
         return torch.cat(parts, 1)
 
     def recognize(self, tokens: Tensor) -> str:
@@ -180,18 +180,17 @@ class Score:
         """rows: of the token folder, with text, lang and speaker; hyps: what was recognized."""
         self.rows, self.refs = rows, [row["text"] for row in rows]
         self.named, self.texts = zip(*map(split_language, hyps))        # languages, texts
-        # Errors and reference length of each utterance, (N, 2).
         self.words = count_errors(jiwer.process_words, self.refs, self.texts)
         self.chars = count_errors(jiwer.process_characters, self.refs, self.texts)
-        speakers = [row["speaker"] or row["id"] for row in rows]
+        self.speakers = [row["speaker"] or row["id"] for row in rows]
         # The bootstrap draws speakers, or utterances where there are fewer than five speakers.
-        drawn = speakers if len(set(speakers)) >= 5 else range(len(rows))
+        drawn = self.speakers if len(set(self.speakers)) >= 5 else range(len(rows))
         self.groups = np.unique(drawn, return_inverse=True)[1]
 
     def summary(self, seed: int) -> dict:
         by_speaker = {}     # speaker: word errors, words, character errors, characters
-        for row, counts in zip(self.rows, np.hstack([self.words, self.chars])):
-            by_speaker[row["speaker"]] = by_speaker.get(row["speaker"], 0) + counts
+        for name, counts in zip(self.speakers, np.hstack([self.words, self.chars])):
+            by_speaker[name] = by_speaker.get(name, 0) + counts
         result = {"utterances": len(self.rows),
                   "wer": rate(self.words),
                   "wer_interval": interval(resampled(self.words, self.groups, seed)),
@@ -322,7 +321,7 @@ def load(path: str | Path, args) -> Recognizer:
 
 def evaluate(args):
     """Evaluate one run, or compare several, on the test subsets: clean, and in noise."""
-    report, rows, subsets, page = {}, [], args.test, ""
+    report, rows, subsets, page, out = {}, [], args.test, "", Path(args.out)
     first = {}                              # test: Score of the first run
     for name in args.compare or [args.asr]:
         run = load(name, args)
@@ -336,6 +335,7 @@ def evaluate(args):
         if args.noise:                  # a typo, or a codec that is missing, is reported now
             Noise(args.noise, args.snr, [], args.seed)
             run.front_end
+        out.mkdir(parents=True, exist_ok=True)          # so is an --out that cannot be written
         report[name] = {"flags": run.flags, "meta": run.meta, "bitrate": bitrate, "log": run.log,
                         "test": {}}
         for subset in subsets:
@@ -344,19 +344,19 @@ def evaluate(args):
                 test = f"{subset}, {kind} {snr:g} dB" if kind else subset
                 progress = tqdm(arrays, test, leave=False, disable=None)
                 score = Score(data.rows, [run.recognize(array) for array in progress])
-                base = first.setdefault(test, score)
-                if score.refs != base.refs:
-                    raise ValueError(f"{name}: its {subset} holds other utterances than that of "
-                                     f"{args.compare[0]}")
-                # One seed draws the same speakers, or utterances, for both runs.
-                low, high = interval(resampled(score.chars, base.groups, args.seed)
-                                     - resampled(base.chars, base.groups, args.seed))
-                summary = score.summary(args.seed) | {
-                    "subset": subset, "noise": kind, "snr": snr, "cer_minus_first": [low, high]}
+                summary = score.summary(args.seed) | {"subset": subset, "noise": kind, "snr": snr}
                 report[name]["test"][test] = summary
                 rows.append([name, test, summary["utterances"], percent(summary, "wer"),
                              percent(summary, "cer")])
                 if args.compare:
+                    base = first.setdefault(test, score)
+                    if score.refs != base.refs:
+                        raise ValueError(f"{name}: its {subset} holds other utterances than that "
+                                         f"of {args.compare[0]}")
+                    # One seed draws the same speakers, or utterances, for both runs.
+                    low, high = interval(resampled(score.chars, base.groups, args.seed)
+                                         - resampled(base.chars, base.groups, args.seed))
+                    summary["cer_minus_first"] = [low, high]
                     rows[-1].append(f"{100 * low:+.1f} to {100 * high:+.1f}")
                 elif not kind:
                     page += f"\n{subset}\n{remarks(score, summary)}"
@@ -365,8 +365,7 @@ def evaluate(args):
         header.append("CER minus the first run's (95%)")
     page += "\n" + table(header, rows)
 
-    out, stem = Path(args.out), "compare" if args.compare else "report"
-    out.mkdir(parents=True, exist_ok=True)
+    stem = "compare" if args.compare else "report"
     write_atomically(out / f"{stem}.md", page)
     write_atomically(out / f"{stem}.json",
                      json.dumps(origin(args) | {"runs": report}, indent=1))

@@ -76,7 +76,7 @@ class ResidualVQ(nn.Module):
         """
         batch, _, time = latent.shape
         frames = latent.float().mT.flatten(0, 1)                            # (N, D)
-        depth = self.random_depth(batch, latent.device).repeat_interleave(time)     # (N,)
+        depth = self.random_depth(batch).repeat_interleave(time)     # (N,)
 
         # The residuals are detached, so that every level's commitment loss reaches the encoder.
         # Chained residuals cancel all but the first level's (encodec issue 25).
@@ -116,8 +116,9 @@ class ResidualVQ(nn.Module):
         rows = [book[index] for book, index in zip(self.embed, tokens.unbind(1))]
         return sum(rows).mT
 
-    def random_depth(self, batch: int, device: torch.device) -> Tensor:
+    def random_depth(self, batch: int) -> Tensor:
         """How many codebooks each utterance uses: (B,)."""
+        device = self.embed.device
         fewer = torch.randint(1, self.num_codebooks + 1, (batch,), device=device)
         hit = torch.rand(batch, device=device) < self.dropout * self.training
         return torch.where(hit, fewer, self.num_codebooks)

@@ -76,6 +76,8 @@ def read_subset(folders: list[Path], subset: str) -> tuple[list[Utterance], list
                 item.text.encode()          # raises for half a surrogate pair, such as \ud83d
                 if not item.text or "\ufffd" in item.text:
                     raise ValueError("its transcript is empty, or not UTF-8")
+                if len(item.id.encode()) > 200:
+                    raise ValueError("its name is too long for a file of tokens; rename it")
                 if item.id in kept:
                     raise ValueError(f"{kept[item.id].audio} has the same id; rename one")
                 if not item.audio.exists():
@@ -155,8 +157,8 @@ class Noise:
         self.files = {kind: files_below(Path(kind)) for kind in kinds}
         for kind, files in self.files.items():
             if not files and kind not in ("white", "pink", "babble"):
-                raise ValueError(f"--noise {kind}: neither white, pink or babble, nor a folder "
-                                 f"with audio files")
+                raise ValueError(f"--noise {kind}: not white, pink, babble or a folder with "
+                                 f"audio files")
 
     def __call__(self, wav: Tensor, item: Utterance) -> Tensor:
         """wav (S,) -> (S,)."""

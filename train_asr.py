@@ -42,7 +42,7 @@ from codec import (add_common_flags, check_same_flags, flag_group, load_checkpoi
                    run_stage, save_run, start_processes)
 
 NOISY_SHARE = 0.5       # of the utterances, where the tokens include noisy copies
-LONGEST = 60.0          # seconds of an utterance: the memory of attention grows with its square
+LONGEST = 60.0          # seconds of an utterance: the time of attention grows with its square
 
 
 # -------------------------------------------------------------------------------------- text units
@@ -424,11 +424,12 @@ def train(args):
             # Reseed, so that a resumed run draws the same numbers.
             torch.manual_seed((args.seed * 1_000_000 + step) * world + rank)
 
-            # DDP averages the gradients, hence `scale`. A group smaller than the number of
-            # processes goes whole to all of them.
-            mine, scale = (group[rank::world], world) if len(group) >= world else (group, 1)
+            # Each process takes a part of the group, but all take the whole of a small one. DDP
+            # averages the gradients of the parts, where their sum is needed: hence `* parts`.
+            parts = world if len(group) >= world else 1
+            mine = group[rank % parts::parts]
             num_units = sum(len(data.targets[i]) for i in group)
-            halfway, whole = ctc_loss(net, data, mine, device) / num_units * scale
+            halfway, whole = ctc_loss(net, data, mine, device) / num_units * parts
             (0.3 * halfway + 0.7 * whole).backward()            # these weights were not tuned
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
@@ -439,8 +440,7 @@ def train(args):
             losses.append(whole.detach())
             step += 1
 
-        # Thanks to `scale`, the mean over the processes is that of the whole group.
-        loss = torch.stack(losses).mean() / world
+        loss = torch.stack(losses).mean() / world       # averaged over processes, too
         if world > 1:
             dist.all_reduce(loss)
         if not math.isfinite(loss):
@@ -456,9 +456,10 @@ def train(args):
               "{dev_wer:.1%} | {speech_per_second:.0f} s of speech per second".format(**row),
               flush=True)
         log.append(row)
+        some = groups[::len(groups) // 30 + 1]          # at most 30 batches, for the prior
         state = {"kind": "asr", "flags": vars(args), "meta": meta, "log": log,
                  "text": data.units.serialized_model_proto(), "model": model.state_dict(),
-                 "log_prior": unit_prior(model, data, sum(groups[::len(groups) // 30 + 1], []))}
+                 "log_prior": unit_prior(model, data, [i for group in some for i in group])}
         save_run(out, state, epoch=epoch + 1, step=step,
                  optimizers=[optimizer.state_dict() for optimizer in optimizers])
     if rank == 0:

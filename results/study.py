@@ -15,9 +15,10 @@ out  results/study.json             every run by its folder, one per line
 Run these at the top of the repository. study.sh holds the commands that made the runs.
 
 study.json has `runs`: flags, meta, bitrate, log (the learning curve) and, for each test, the
-summary of evaluate.py with its command, commit, machine and seed. All rates and intervals follow
-from its `by_speaker`: word errors, words, character errors, characters. Likewise `codecs`,
-`content` and `benchmark`. `trials` are those from which the training recipe was chosen.
+summary of evaluate.py with its command, commit, machine and seed. All rates follow from its
+`by_speaker` (word errors, words, character errors, characters), and so do the intervals where
+there are five speakers or more. Likewise `codecs`, `content` and `benchmark`. `trials` are those
+from which the training recipe was chosen.
 """
 
 import json
@@ -164,7 +165,7 @@ def collect(args):
 def add_run(runs, name, run, made):
     """made: command, commit, machine and seed of its tests. Other tests of this run stay; those of
     an earlier run of the same name go."""
-    lm = ", with LM" if " --lm " in made["command"] else ""
+    lm = ", with LM" if " --lm" in made["command"] else ""
     tests = {test + lm: found | made for test, found in run["test"].items()}
     if name in runs and runs[name]["log"] == run["log"]:
         tests = runs[name]["test"] | tests
