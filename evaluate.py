@@ -116,8 +116,8 @@ class Recognizer:
         if not self.beam_search:
             return greedy(self.units, log_probs[0])
         words = []
-        # Less the prior, as the language model has its own (see unit_prior). A minute (at 40 Hz) at
-        # a time, as the search keeps all hypotheses that it tried; it returns the best one, if any.
+        # The prior is subtracted, as the language model has its own (see unit_prior). A minute (at
+        # 40 Hz) at a time bounds memory; the search returns the best hypothesis, if any.
         for part in (log_probs - self.prior).split(2400, 1):
             for best in self.beam_search(part)[0]:
                 words += best.words

@@ -8,8 +8,8 @@
 #     TEST="test-clean test-other" bash results/study.sh mini
 #
 # Except for headline, quick and lang, all runs are `tiny`, last 12 epochs unless their name says
-# otherwise, and hide nothing (no masks). Older runs (runs/old in study.json) hid ten spans of time
-# of up to 5% of an utterance, four codebooks and two bands, without self-conditioned CTC: they
+# otherwise, and use no masks. Older runs (runs/old in study.json) used ten time masks of up to 5%
+# of an utterance, four codebook masks and two feature masks, without self-conditioned CTC: they
 # cannot be repeated exactly.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -92,7 +92,7 @@ shuffled)       # 80: tables start as codebooks, but each code has the row of an
 random)         # 80: tables start at random, with the mean and deviation of the codebooks
     asr random runs/mini/tokens --embedding random
     ;;
-random-fast)    # 80: the same at ten times the rate, as rows a tenth as long learn faster
+random-fast)    # 80: the same with rows a tenth as long, in effect ten times the learning rate
     tables fast "codebooks / 10"
     asr random-fast runs/mini/tokens-fast --embedding random
     ;;
