@@ -78,8 +78,6 @@ class Recognizer:
         except (KeyError, TypeError, RuntimeError):
             raise ValueError(f"{self.path}: an incomplete recognizer; copy or train it again")
         self.model.to(self.device).eval()
-        if codec and self.meta["features"] == "mel":
-            raise ValueError(f"--codec has no effect on {self.path}, which reads log-mel")
         # codec_path is relative to the checkpoint.
         self.codec = codec or self.path.parent / self.meta["codec_path"]
         # Subtracted before a beam search (see unit_prior), where the checkpoint has it.
