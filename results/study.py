@@ -61,8 +61,13 @@ embedding tables   start as codebooks               runs/study/baseline        -
 embedding tables   codebooks, never trained         runs/study/frozen          runs/study/baseline
 embedding tables   start as shuffled codebooks      runs/study/shuffled        runs/study/baseline
 embedding tables   start at random                  runs/study/random          runs/study/baseline
-embedding tables   random, ten times the rate       runs/study/random-fast     runs/study/baseline
-embedding tables   random, 24 epochs                runs/study/random-24       -
+embedding tables   random, alike for similar codes  runs/study/shared          runs/study/baseline
+random tables      ten times the rate               runs/study/random-fast     runs/study/baseline
+random tables      24 epochs                        runs/study/random-24       -
+random tables      the first codebook, 6 epochs     runs/study/random-first    -
+random tables      256 for similar codes, 6 epochs  runs/study/shared-256      -
+random tables      64 for unrelated ones, 6 epochs  runs/study/mixed           -
+random tables      30 times the rate, 6 epochs      runs/study/random-faster   -
 sum of embeddings  concatenated instead             runs/study/stack           runs/study/baseline
 bits               first codebooks alone: 1         runs/study/codebooks-1     runs/study/baseline
 bits               first codebooks alone: 2         runs/study/codebooks-2     runs/study/baseline

@@ -35,6 +35,13 @@ np.save("$part/codebooks.npy", $2)
 END
     mv "$part" "runs/mini/tokens-$1"
 }
+alike() {       # N, Python: N random rows; a code has that of the nearest of the first N codes
+    echo "np.take_along_axis(
+        np.random.default_rng(0).normal(codebooks.mean(1, keepdims=True),
+                                        codebooks.std(1, keepdims=True), (8, $1, 128)),
+        np.square(codebooks[:, :, None] - codebooks[:, None, :$1]).sum(3).argmin(2)[..., None],
+        1).astype(np.float32)"
+}
 seed() {        # SEED, RUN, TOKENS, flags: a recognizer in RUN, and its report in RUN/eval
     python train_asr.py --seed "$1" --out "$2" --tokens "$3" "${@:4}"
     python evaluate.py --asr "$2" --out "$2/eval"
@@ -45,6 +52,9 @@ seeds() {       # RUN, TOKENS, flags: seed 0 in RUN, seed 1 in RUN-1
 }
 asr() {         # NAME, TOKENS, flags: the study's recognizer, in runs/study/NAME and NAME-1
     seeds "runs/study/$1" "$2" --epochs 12 --time-masks 0 --feature-masks 0 "${@:3}"
+}
+trial() {       # NAME, TOKENS, flags: six epochs, seed 0
+    seed 0 "runs/study/$1" "$2" --epochs 6 --time-masks 0 --feature-masks 0 "${@:3}"
 }
 noise() {       # TOKENS, RUN ...: in noise, on every fourth utterance
     awk 'NR % 4 == 1' "$1/test-clean.jsonl" > "$1/test-quarter.jsonl"
@@ -99,6 +109,26 @@ random-fast)    # 80: the same with rows a tenth as long, in effect ten times th
 random-24)      # 80: twice as many epochs, one seed
     seed 0 runs/study/random-24 runs/mini/tokens --epochs 24 --time-masks 0 --feature-masks 0 \
         --embedding random
+    ;;
+shared)         # 80: 64 random rows in each table, the same row for similar codes
+    tables shared "$(alike 64)"
+    asr shared runs/mini/tokens-shared
+    ;;
+shared-256)     # 20: 256 random rows, six epochs, one seed
+    tables shared-256 "$(alike 256)"
+    trial shared-256 runs/mini/tokens-shared-256
+    ;;
+mixed)          # 20: 64 random rows, shared by unrelated codes; after shared; six epochs, one seed
+    tables mixed "np.random.default_rng(0).permutation(
+        np.load('runs/mini/tokens-shared/codebooks.npy'), axis=1)"
+    trial mixed runs/mini/tokens-mixed
+    ;;
+random-first)   # 20: the first codebook alone, six epochs, one seed
+    trial random-first runs/mini/tokens --embedding random --codebooks 1
+    ;;
+random-faster)  # 20: rows a thirtieth as long, six epochs, one seed
+    tables faster "codebooks / 30"
+    trial random-faster runs/mini/tokens-faster --embedding random
     ;;
 frozen)         # 80: tables stay codebooks
     asr frozen runs/mini/tokens --embedding frozen
