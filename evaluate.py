@@ -335,7 +335,7 @@ def evaluate(args):
         if args.noise:                  # a typo, or a codec that is missing, is reported now
             Noise(args.noise, args.snr, [], args.seed)
             run.front_end
-        out.mkdir(parents=True, exist_ok=True)          # so is an --out that cannot be written
+        out.mkdir(parents=True, exist_ok=True)          # fails here, not after hours
         report[name] = {"flags": run.flags, "meta": run.meta, "bitrate": bitrate, "log": run.log,
                         "test": {}}
         for subset in subsets:
@@ -403,7 +403,7 @@ def parse(arguments=None):
     add = flag_group(parser, "recognizer, and what to recognize")
     add("--asr", "runs/asr/asr.pt", "a recognizer, or its folder")
     add("--test", [], "subsets to evaluate, if not the test subsets of the token folder")
-    add("--tokens", None, "folder of tokens, if not that of its training")
+    add("--tokens", None, "folder of tokens, if not those the recognizer was trained on")
     add("--compare", [],
         "recognizers or their folders: one table of all, against the first", metavar="RUN")
     add("--noise", [], "also evaluate in noise: white, pink, babble, or folders of audio")

@@ -76,7 +76,7 @@ class ResidualVQ(nn.Module):
         """
         batch, _, time = latent.shape
         frames = latent.float().mT.flatten(0, 1)                            # (N, D)
-        depth = self.random_depth(batch).repeat_interleave(time)     # (N,)
+        depth = self.random_depth(batch).repeat_interleave(time)            # (N,)
 
         # The residuals are detached, so that every level's commitment loss reaches the encoder.
         # Chained residuals cancel all but the first level's (encodec issue 25).

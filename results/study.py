@@ -61,7 +61,7 @@ embedding tables   start as codebooks               runs/study/baseline        -
 embedding tables   codebooks, never trained         runs/study/frozen          runs/study/baseline
 embedding tables   start as shuffled codebooks      runs/study/shuffled        runs/study/baseline
 embedding tables   start at random                  runs/study/random          runs/study/baseline
-embedding tables   random, alike for similar codes  runs/study/shared          runs/study/baseline
+embedding tables   random, shared by similar codes  runs/study/shared          runs/study/baseline
 random tables      ten times the rate               runs/study/random-fast     runs/study/baseline
 random tables      24 epochs                        runs/study/random-24       -
 random tables      the first codebook, 6 epochs     runs/study/random-first    -

@@ -35,7 +35,7 @@ np.save("$part/codebooks.npy", $2)
 END
     mv "$part" "runs/mini/tokens-$1"
 }
-alike() {       # N, Python: N random rows; a code has that of the nearest of the first N codes
+alike() {       # N: Python for N random rows; each code takes that of the nearest of N codes
     echo "np.take_along_axis(
         np.random.default_rng(0).normal(codebooks.mean(1, keepdims=True),
                                         codebooks.std(1, keepdims=True), (8, $1, 128)),
@@ -106,7 +106,7 @@ random-fast)    # 80: the same with rows a tenth as long, in effect ten times th
     tables fast "codebooks / 10"
     asr random-fast runs/mini/tokens-fast --embedding random
     ;;
-random-24)      # 80: twice as many epochs, one seed
+random-24)      # 80: random tables, 24 epochs, one seed
     seed 0 runs/study/random-24 runs/mini/tokens --epochs 24 --time-masks 0 --feature-masks 0 \
         --embedding random
     ;;
@@ -114,7 +114,7 @@ shared)         # 80: 64 random rows in each table, the same row for similar cod
     tables shared "$(alike 64)"
     asr shared runs/mini/tokens-shared
     ;;
-shared-256)     # 20: 256 random rows, six epochs, one seed
+shared-256)     # 20: the same with 256 random rows, six epochs, one seed
     tables shared-256 "$(alike 256)"
     trial shared-256 runs/mini/tokens-shared-256
     ;;
@@ -123,10 +123,10 @@ mixed)          # 20: 64 random rows, shared by unrelated codes; after shared; s
         np.load('runs/mini/tokens-shared/codebooks.npy'), axis=1)"
     trial mixed runs/mini/tokens-mixed
     ;;
-random-first)   # 20: the first codebook alone, six epochs, one seed
+random-first)   # 20: random rows of the first codebook alone, six epochs, one seed
     trial random-first runs/mini/tokens --embedding random --codebooks 1
     ;;
-random-faster)  # 20: rows a thirtieth as long, six epochs, one seed
+random-faster)  # 20: random rows a thirtieth as long, six epochs, one seed
     tables faster "codebooks / 30"
     trial random-faster runs/mini/tokens-faster --embedding random
     ;;
