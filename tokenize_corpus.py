@@ -56,6 +56,7 @@ class Utterance(NamedTuple):
     duration: float = 0.0       # seconds, after a change of speed; 0 while it is unknown
     copy_of: str = ""           # id of the original
     speed: float = 1.0
+    equalize: float = 0.0       # deviation of a random gain in each octave, in dB
     noisy: bool = False
 
 
@@ -274,9 +275,23 @@ def read_utterance(noise: Noise, item: Utterance) -> np.ndarray | str:
         if item.speed != 1.0:           # as sox does: faster also means higher in pitch
             rate = round(SAMPLE_RATE * item.speed / 100)
             wav = torchaudio.functional.resample(wav, rate, SAMPLE_RATE // 100)
+        if item.equalize:
+            rng = np.random.default_rng([noise.seed, *item.id.encode()])
+            wav = equalize(wav, item.equalize, rng)
         return (noise(wav, item) if item.noisy else wav).numpy()
     except ValueError as error:
         return str(error)
+
+
+def equalize(wav: Tensor, decibels: float, rng: np.random.Generator) -> Tensor:
+    """As if through another microphone: wav (S,) with a random gain in each octave, normal with a
+    deviation in dB, and straight lines between octaves. It begins up to 25 ms later, so that frames
+    fall elsewhere."""
+    wav = wav[rng.integers(min(400, len(wav))):]
+    hz = np.fft.rfftfreq(len(wav), 1 / SAMPLE_RATE).clip(62.5)
+    octaves = np.log2(hz / 62.5)                                            # 0 to 7
+    gain = torch.from_numpy(np.interp(octaves, range(8), rng.normal(0, decibels, 8)))
+    return torch.fft.irfft(torch.fft.rfft(wav) * 10 ** (gain / 20).float(), len(wav))
 
 
 def with_copies(utterances: list[Utterance], args) -> list[Utterance]:
@@ -285,7 +300,8 @@ def with_copies(utterances: list[Utterance], args) -> list[Utterance]:
     for item in utterances:
         for speed in args.speeds:
             copies.append(item._replace(id=f"{item.id}-speed{speed:g}", copy_of=item.id,
-                                        speed=speed, duration=item.duration / speed))
+                                        speed=speed, duration=item.duration / speed,
+                                        equalize=args.equalize))
         for number in range(args.copies if args.noise else 0):
             copies.append(item._replace(id=f"{item.id}.noise{number}", copy_of=item.id, noisy=True))
     return utterances + copies
@@ -298,8 +314,9 @@ def continue_folder(out: Path, meta: dict, args):
     if not (out / "meta.json").exists() or not arrays:
         return
     before = json.loads((out / "meta.json").read_text("utf-8"))
-    for name in "features", "codec", "hop", "corpus", "speeds", "noise", "snr", "copies", "seed":
-        there = before.get(name, meta[name])        # older folders lack speeds and copies
+    for name in ("features", "codec", "hop", "corpus", "speeds", "equalize", "noise", "snr",
+                 "copies", "seed"):
+        there = before.get(name, meta[name])    # older folders lack speeds, copies and equalize
         if there != meta[name]:
             raise ValueError(f"{out} holds tokens with {name} {there}, not {meta[name]}: "
                              f"give another --out, or delete it")
@@ -355,8 +372,8 @@ def tokenize(args):
     meta = front_end.meta | {role: list(subsets) for role, subsets in corpus.items()} | {
         # Relative, so that the folders can move together; either may be behind a link.
         "codec_path": os.path.relpath(Path(args.codec).resolve(), out.resolve()),
-        "corpus": args.corpus, "speeds": args.speeds, "noise": args.noise, "snr": args.snr,
-        "copies": args.copies, "seed": args.seed}
+        "corpus": args.corpus, "speeds": args.speeds, "equalize": args.equalize,
+        "noise": args.noise, "snr": args.snr, "copies": args.copies, "seed": args.seed}
     continue_folder(out, meta, args)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -406,6 +423,8 @@ def parse(arguments=None):
         "samples per frame of log-mel: 400 = 40 Hz, like the tokens; 160 = the usual 10 ms")
     add = flag_group(parser, "copies of the train subsets")
     add("--speeds", [], "copies at these speeds, such as 0.9 1.1", type=float)
+    add("--equalize", 0.0,
+        "deviation in dB of a random gain in each octave of the copies at these speeds")
     add("--noise", [], "copies in noise: white, pink, babble, or folders of audio",
         type=os.path.normpath)
     add("--snr", [0.0, 20.0], "range of their signal-to-noise ratio in dB",
@@ -419,6 +438,8 @@ def parse(arguments=None):
         refuse_idle(parser, args, "with --features mel", "codec")
     else:
         refuse_idle(parser, args, "without --features mel", "hop")
+    if not args.speeds:
+        refuse_idle(parser, args, "without --speeds", "equalize")
     if not args.noise:
         refuse_idle(parser, args, "without --noise", "snr", "copies")
     if Path(args.codec).name == "encodec" and args.features == "latent":
