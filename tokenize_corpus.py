@@ -295,7 +295,7 @@ def equalize(wav: Tensor, decibels: float, rng: np.random.Generator) -> Tensor:
 
 
 def with_copies(utterances: list[Utterance], args) -> list[Utterance]:
-    """The utterances, and their copies at other speeds and in noise."""
+    """The utterances, and their copies at other speeds, equalized or not, and in noise."""
     copies = []
     for item in utterances:
         for speed in args.speeds:
@@ -444,8 +444,10 @@ def parse(arguments=None):
         refuse_idle(parser, args, "without --noise", "snr", "copies")
     if Path(args.codec).name == "encodec" and args.features == "latent":
         parser.error("--features latent needs a codec of ours, not encodec")
-    if min(args.hop, args.copies) < 1 or not all(0.1 <= speed <= 10 for speed in args.speeds):
-        parser.error("--hop and --copies must be above 0, --speeds between 0.1 and 10")
+    if (min(args.hop, args.copies) < 1 or args.equalize < 0
+            or not all(0.1 <= speed <= 10 for speed in args.speeds)):
+        parser.error("--hop and --copies must be above 0, --equalize not below 0, --speeds between "
+                     "0.1 and 10")
     return args
 
 

@@ -371,7 +371,8 @@ def resume_recognizer(path: Path, args, meta: dict) -> dict | None:
     saved = load_checkpoint(path, "asr")
     check_same_flags(path, saved["flags"], args)
     check_same_tokens(path, saved["meta"], args.tokens, meta,
-                      ["corpus", "train", "dev", "speeds", "noise", "snr", "copies", "seed"])
+                      ["corpus", "train", "dev", "speeds", "equalize", "noise", "snr", "copies",
+                       "seed"])
     return saved
 
 
