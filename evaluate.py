@@ -307,7 +307,8 @@ def remarks(score: Score, summary: dict) -> str:
 def conditions(run: Recognizer, data: TokenSet, args) -> Iterator[tuple]:
     """-> kind of noise, signal-to-noise ratio, arrays of the utterances: first without noise."""
     yield None, None, data.arrays
-    items = [Utterance(*[row[name] for name in Utterance._fields]) for row in data.rows]
+    items = [Utterance(**{name: row[name] for name in Utterance._fields if name in row})
+             for row in data.rows]                  # older folders lack equalize
     for kind, snr in itertools.product(args.noise, args.snr):
         noise = Noise([kind], [snr, snr], items, args.seed)
         yield kind, snr, [torch.from_numpy(run.front_end(noise(read_audio(item.audio), item)))

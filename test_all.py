@@ -51,7 +51,7 @@ torch.set_num_threads(1)                    # the models are so small that threa
 FOUR = list(product(("mel", "time"), ("fsq", "rvq")))
 FSQ, RVQ, MEL = ["--quantizer", "fsq"], ["--codebook-size", 64], ["--features", "mel"]
 CODEC = ["--steps", 5, "--batch", 2, "--crop", 0.5, "--codebooks", 4]
-COPIES = [*MEL, "--hop", 160, "--speeds", 0.5, "--noise", "white", "--copies", 2]
+COPIES = [*MEL, "--hop", 160, "--speeds", 0.5, "--equalize", 5, "--noise", "white", "--copies", 2]
 READING = "--epochs 5 --batch 3 --lr .006 --time-masks 0 --feature-masks 0 --subsampling 1".split()
 
 new_folder = lambda: Path(tempfile.mkdtemp(dir=SCRATCH.name))
@@ -567,7 +567,8 @@ def test_copies_are_made_of_the_training_subsets_and_not_scored():
     for row in rows:
         array, plain = arrays[row["id"]], arrays[row["copy_of"] or row["id"]]
         assert array.dtype == np.float16 and array.shape == (row["frames"], 80)
-        assert len(array) == math.ceil(sf.info(row["audio"]).frames / row["speed"] / 160)
+        late = np.random.default_rng([0, *row["id"].encode()]).integers(400) * (row["speed"] < 1)
+        assert len(array) == math.ceil((sf.info(row["audio"]).frames / row["speed"] - late) / 160)
         assert row["noisy"] == (row["speed"] == 1 and not np.array_equal(array, plain))
     out = tokenize(new_folder(), *COPIES, "--train", "dev", "--dev", "test")
     before = read_rows(out / "dev.jsonl")
@@ -575,7 +576,7 @@ def test_copies_are_made_of_the_training_subsets_and_not_scored():
     assert read_rows(out / "dev.jsonl") == before and train_asr.read_meta(out)["train"] == ["dev"]
 
 
-def test_noise_has_the_ratio_asked_for_and_follows_from_seed_and_id_alone():
+def test_noise_and_equalization_are_as_strong_as_asked_and_follow_from_seed_and_id_alone():
     wav, item = 0.1 * noise(20_000), Utterance("a", "", "", "", Path("a.wav"))
     speech = [item._replace(id=path.stem, audio=path) for path in sorted(corpus().rglob("*.flac"))]
     for kind in ("white", "pink", "babble", str(corpus() / "dev")):
@@ -586,6 +587,11 @@ def test_noise_has_the_ratio_asked_for_and_follows_from_seed_and_id_alone():
         assert torch.equal(add(wav, item), noisy), kind
         for other in (seeded(wav, item), add(wav, item._replace(id="b"))):
             assert not torch.equal(other, noisy), kind
+    rng, again = (np.random.default_rng(3) for _ in range(2))
+    found, late = tokenize_corpus.equalize(wav, 5.0, rng), wav[again.integers(400):]
+    gain = 20 * torch.log10((torch.fft.rfft(found) / torch.fft.rfft(late)).abs())
+    octaves = [round(2**octave * len(late) / 256) for octave in range(8)]       # 62.5 Hz to 8 kHz
+    close(gain[octaves].double(), torch.tensor(again.normal(0, 5, 8)), 0.1)
 
 
 def test_tokenizing_continues_after_an_interruption_and_after_a_wrong_command():

@@ -288,10 +288,12 @@ def equalize(wav: Tensor, decibels: float, rng: np.random.Generator) -> Tensor:
     deviation in dB, and straight lines between octaves. It begins up to 25 ms later, so that frames
     fall elsewhere."""
     wav = wav[rng.integers(min(400, len(wav))):]
-    hz = np.fft.rfftfreq(len(wav), 1 / SAMPLE_RATE).clip(62.5)
+    length = math.ceil(len(wav) / 4000) * 4000          # of which Fourier transforms are fast
+    hz = np.fft.rfftfreq(length, 1 / SAMPLE_RATE).clip(62.5)
     octaves = np.log2(hz / 62.5)                                            # 0 to 7
     gain = torch.from_numpy(np.interp(octaves, range(8), rng.normal(0, decibels, 8)))
-    return torch.fft.irfft(torch.fft.rfft(wav) * 10 ** (gain / 20).float(), len(wav))
+    spectrum = torch.fft.rfft(wav, length) * 10 ** (gain / 20).float()
+    return torch.fft.irfft(spectrum, length)[:len(wav)]
 
 
 def with_copies(utterances: list[Utterance], args) -> list[Utterance]:
