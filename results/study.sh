@@ -7,10 +7,10 @@
 # The variable TEST names other test subsets:
 #     TEST="test-clean test-other" bash results/study.sh mini
 #
-# Except for headline, quick and lang, all runs are `tiny`, last 12 epochs unless their name says
-# otherwise, and use no masks. Older runs (runs/old in study.json) used ten time masks of up to 5%
-# of an utterance, four codebook masks and two feature masks, without self-conditioned CTC: they
-# cannot be repeated exactly.
+# Except for headline, unequalized, quick and lang, all runs are `tiny`, last 12 epochs unless their
+# name says otherwise, and use no masks. Older runs (runs/old in study.json) used ten time masks of
+# up to 5% of an utterance, four codebook masks and two feature masks, without self-conditioned CTC:
+# they cannot be repeated exactly.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mini=(--corpus mini-librispeech --speeds 0.8 0.9 1.1 1.2 --test ${TEST:-test-clean})
@@ -50,6 +50,10 @@ seeds() {       # RUN, TOKENS, flags: seed 0 in RUN, seed 1 in RUN-1
     seed 0 "$1" "${@:2}"
     seed 1 "$1-1" "${@:2}"
 }
+headline() {    # NAME, TOKENS: the headline in runs/headline/NAME, scored with the LM, too
+    seed 0 "runs/headline/$1" "$2" --size small --epochs 26
+    python evaluate.py --asr "runs/headline/$1" --lm $lm --out "runs/headline/$1/eval-lm"
+}
 asr() {         # NAME, TOKENS, flags: the study's recognizer, in runs/study/NAME and NAME-1
     seeds "runs/study/$1" "$2" --epochs 12 --time-masks 0 --feature-masks 0 "${@:3}"
 }
@@ -71,13 +75,20 @@ mini)           # 45: codec, tokens and log-mel that most runs below use
     python tokenize_corpus.py "${mini[@]}" --codec runs/mini/codec/codec.pt --out runs/mini/tokens
     python tokenize_corpus.py "${mini[@]}" --features mel --out runs/mini/mel
     ;;
-headline)       # 150: the headline, on tokens; on one core of an AMD EPYC
-    seed 0 runs/headline/asr runs/mini/tokens --size small --epochs 22
-    python evaluate.py --asr runs/headline/asr --lm $lm --out runs/headline/asr/eval-lm
+headline)       # 140: the headline, on tokens
+    python tokenize_corpus.py "${mini[@]}" --equalize 5 --codec runs/mini/codec/codec.pt \
+        --out runs/mini/tokens-eq
+    headline asr runs/mini/tokens-eq
     ;;
-headline-mel)   # 150: the headline, on log-mel; likewise
-    seed 0 runs/headline/asr-mel runs/mini/mel --size small --epochs 22
-    python evaluate.py --asr runs/headline/asr-mel --lm $lm --out runs/headline/asr-mel/eval-lm
+headline-mel)   # 140: the headline, on log-mel
+    python tokenize_corpus.py "${mini[@]}" --equalize 5 --features mel --out runs/mini/mel-eq
+    headline asr-mel runs/mini/mel-eq
+    ;;
+unequalized)    # 150: the same with copies that are not equalized; on one core of an AMD EPYC
+    seed 0 runs/unequalized/asr runs/mini/tokens --size small --epochs 22
+    ;;
+unequalized-mel)    # 150: likewise
+    seed 0 runs/unequalized/asr-mel runs/mini/mel --size small --epochs 22
     ;;
 quick)          # 80: 12 epochs with the default masks
     seeds runs/quick/masks runs/mini/tokens --epochs 12
