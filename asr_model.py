@@ -68,8 +68,8 @@ class Augment:
         batch, steps, codebooks = tokens.shape
         hidden = self.spans(steps, token_len, self.codebook_masks, token_len / 2)   # (B, n, T)
         which = torch.randint(codebooks, hidden.shape[:2], device=tokens.device)    # (B, n)
-        which = F.one_hot(which, codebooks).bool()                                  # (B, n, Q)
-        return (~(hidden[..., None] & which[:, :, None]).any(1)).float()
+        which = F.one_hot(which, codebooks).float()                                 # (B, n, Q)
+        return (hidden.mT.float() @ which == 0).float()         # hidden by none of the n masks
 
     def hide(self, emb: Tensor, token_len: Tensor) -> Tensor:
         """Noise and masks on emb (B, T, D), of mean 0 and deviation about 1."""
@@ -223,7 +223,7 @@ class CodecASR(nn.Module):
         # dimensions: the last codebooks of RVQ are small and carry little.
         deviation = emb.std(0).clamp(min=0.1 * emb.std())
         if self.num_codebooks and self.embedding.aggregate == "stack":
-            deviation = (emb - self.mean).square().mean().sqrt()
+            deviation = (emb - self.mean).std()
         self.deviation.copy_(deviation)
 
     def embed(self, tokens: Tensor, token_len: Tensor) -> Tensor:

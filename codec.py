@@ -507,7 +507,7 @@ def run_stage(stage: Callable, args):
         stage(args)
         if dist.is_initialized():
             dist.destroy_process_group()
-    except (ValueError, OSError) as error:
+    except (ValueError, OverflowError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("\ninterrupted: files already written are kept; repeat the command to continue",
@@ -536,8 +536,8 @@ class Crops:
                 return F.pad(wav, (0, self.length - len(wav)))      # or cut
             except ValueError as error:
                 self.unreadable[path] = str(error)
-        raise ValueError(f"none of the {len(self.files)} audio files can be read; name subsets "
-                         f"with --train and --dev. {[*self.unreadable.values()][:1]}")
+        raise ValueError(f"of {len(self.files)} audio files, none can be read; name subsets with "
+                         f"--train and --dev. {' '.join([*self.unreadable.values()][:1])}")
 
     def batch_of(self, step: int, rank: int = 0, world: int = 1) -> Tensor:
         """This process's share of a training step: (batch / world, length)."""
@@ -749,7 +749,8 @@ def read_audio(path: str | Path, seconds: float = math.inf, at: float = 0.0) -> 
 
     `seconds`: read only so much; `at`, from 0 to 1: where in the file this piece lies. Raises
     ValueError when the file cannot be read, cannot be a recording, or has lost more than a tenth of
-    the samples that its header promises. The headers of AIFF and Ogg promise nothing.
+    the samples that its header promises. Some headers promise nothing: truncated AIFF and AU files
+    are read to their end, and an MP3 without a Xing or Info frame may be read only in part.
     """
     try:
         check_wav_size(path)
@@ -762,7 +763,8 @@ def read_audio(path: str | Path, seconds: float = math.inf, at: float = 0.0) -> 
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}")
     # TypeError: headerless .raw; MemoryError: a damaged header that promises terabytes.
-    except (RuntimeError, TypeError, MemoryError) as error:
+    # ValueError: the header of a streamed FLAC does not say how many samples follow.
+    except (RuntimeError, TypeError, ValueError, MemoryError) as error:
         raise ValueError(f"{path}: not readable as audio ({str(error).splitlines()[0]}); other "
                          f"formats: ffmpeg -i in.m4a out.wav")
     check_sound(path, wav, wanted, rate)
@@ -776,7 +778,7 @@ def check_wav_size(path: str | Path):
         size = int.from_bytes(file.read(4), "little")
     # Programs that stream a WAV may write a size of 2 GiB or more.
     if kind == b"RIFF" and os.path.getsize(path) < 0.9 * size and size < 0x7f000000:
-        raise ValueError(f"{path}: is truncated: its header says {size} bytes")
+        raise ValueError(f"is truncated: its header says {size} bytes")
 
 
 def check_sound(path: str | Path, wav: np.ndarray, wanted: int, rate: int):
@@ -905,8 +907,9 @@ def parse(arguments=None):
         "synthetic, mini-librispeech, librispeech, or folders, read as one corpus",
         type=os.path.normpath)
     add("--train", [],
-        "subsets to train on, if not the usual ones; any folder of audio in --corpus will do")
-    add("--dev", [], "subsets to report on, if not the usual ones")
+        "subsets to train on, if not the usual ones; any folder of audio in --corpus will do",
+        type=os.path.normpath)
+    add("--dev", [], "subsets to report on, if not the usual ones", type=os.path.normpath)
     add("--crop", 1.0, "length of each training crop in seconds")
     add = flag_group(parser, "codec")
     add("--encoder", "mel",

@@ -16,7 +16,9 @@ From Python:
     print(recognizer.transcribe("talk.mp3"))
 
 WER, CER: word and character error rate, (substitutions + deletions + insertions) / length.
-Intervals: 95%, by a bootstrap that resamples speakers where there are five or more.
+Intervals: 95%, by a bootstrap that resamples speakers, or utterances where there are fewer than
+five speakers. With few speakers they are too narrow: with 20 they hold the truth in 94 of 100
+cases, with 5 in 83.
 Legend: T token frames, Q codebooks, D feature size, T' output frames, V text units, N utterances.
 """
 
@@ -115,12 +117,17 @@ class Recognizer:
         log_probs = self.log_probs(tokens)
         if not self.beam_search:
             return greedy(self.units, log_probs[0])
-        words = []
-        # The prior is subtracted, as the language model has its own (see unit_prior). A minute (at
-        # 40 Hz) at a time bounds memory; the search returns the best hypothesis, if any.
-        for part in (log_probs - self.prior).split(2400, 1):
-            for best in self.beam_search(part)[0]:
+        # The prior is subtracted, as the language model has its own (see unit_prior).
+        rest, words = log_probs - self.prior, []
+        while rest.shape[1]:
+            end = rest.shape[1]
+            if end > 2400:
+                # Pieces of at most a minute (at 40 Hz) bound memory. This one ends in a pause: amid
+                # the 15 frames, among the last 800, in which blanks are likeliest.
+                end = 1607 + int(rest[0, 1600:2400, 0].unfold(0, 15, 1).mean(1).argmax())
+            for best in self.beam_search(rest[:, :end])[0]:         # one hypothesis, or none
                 words += best.words
+            rest = rest[:, end:]
         return " ".join(words)
 
     def transcribe(self, path: str | Path) -> str:
@@ -247,7 +254,7 @@ def plot_utterance(recognizer: Recognizer, audio: Path, text: str, path: Path):
     array = torch.from_numpy(recognizer.front_end(wav))                     # (T, Q)
     end, best = len(wav) / SAMPLE_RATE, recognizer.log_probs(array)[0].argmax(1)        # (T',)
     fig = Figure(figsize=(12, 7), dpi=80, layout="constrained")
-    fig.suptitle(f"recognized: {text}")
+    fig.suptitle(f"recognized: {text}", parse_math=False)
     axes = fig.subplots(3, 1, sharex=True)
     axes[0].plot(np.linspace(0, end, len(wav)), wav, linewidth=0.4)
     mel = LogMel(512, 160, 80)(wav[None])[0]
@@ -282,8 +289,8 @@ def table(header: list[str], rows: list[list]) -> str:
 
 def origin(args) -> dict:
     """Where numbers come from: command, seed, commit and machine."""
-    git = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=Path(__file__).parent,
-                         capture_output=True, text=True)
+    git = subprocess.run("git describe --always --dirty --exclude '*'", shell=True,
+                         cwd=Path(__file__).parent, capture_output=True, text=True)
     return {"command": shlex.join(["python", *sys.argv]), "seed": args.seed,
             "commit": git.stdout.strip(),
             "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, "

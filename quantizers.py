@@ -63,7 +63,7 @@ class ResidualVQ(nn.Module):
         self.dim, self.num_codebooks, self.codebook_size = dim, num_codebooks, codebook_size
         self.register_buffer("embed", torch.zeros(num_codebooks, codebook_size, dim))
         self.register_buffer("ema_sum", torch.zeros(num_codebooks, codebook_size, dim))
-        self.register_buffer("ema_count", torch.zeros(num_codebooks, codebook_size))
+        self.register_buffer("ema_count", torch.ones(num_codebooks, codebook_size))
 
     def codebooks(self) -> Tensor:
         """(Q, K, D)."""
@@ -143,7 +143,6 @@ class ResidualVQ(nn.Module):
                 centers = torch.where(count[:, None] > 0, mean, centers)
             residual = residual - centers[nearest(residual, centers)]
             self.embed[level] = self.ema_sum[level] = centers
-            self.ema_count[level] = 1.0
 
     def sums(self, frames: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Number and sum of the frames of each code: (N, D), (N,) -> (K,), (K, D)."""

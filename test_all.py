@@ -53,11 +53,9 @@ FSQ, RVQ, MEL = ["--quantizer", "fsq"], ["--codebook-size", 64], ["--features", 
 CODEC = ["--steps", 5, "--batch", 2, "--crop", 0.5, "--codebooks", 4]
 COPIES = [*MEL, "--hop", 160, "--speeds", 0.5, "--equalize", 5, "--noise", "white", "--copies", 2]
 READING = "--epochs 5 --batch 3 --lr .006 --time-masks 0 --feature-masks 0 --subsampling 1".split()
-
 new_folder = lambda: Path(tempfile.mkdtemp(dir=SCRATCH.name))
 noise = lambda *shape, seed=0: torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-close = lambda one, other, tolerance=1e-5: torch.testing.assert_close(
-    one, other, atol=tolerance, rtol=0)
+close = lambda a, b, tolerance=1e-5: torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
 read_json = lambda path: json.loads(path.read_text("utf-8"))
 read_rows = lambda path: [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 write_manifest = lambda path, *rows: path.write_text(
@@ -339,7 +337,6 @@ def test_rvq_passes_the_decoders_gradient_once_and_every_level_pulls_on_the_enco
     (gradient,) = torch.autograd.grad(result.latent.sum(), latent, retain_graph=True)
     close(gradient, torch.ones_like(latent))
     (gradient,) = torch.autograd.grad(result.loss, latent)
-    # Level n: the gradient of the mean squared distance to the sum of the first n codes.
     pulls = [latent.detach() - quantizer.decode(result.tokens[:, :n]) for n in (1, 2, 3, 4)]
     close(gradient, sum(pulls) / 4 * 2 / latent.numel(), 1e-7)
 
@@ -410,8 +407,7 @@ def test_windows_of_a_long_recording_give_the_tokens_of_the_whole():
     wav = 0.1 * noise(1, 40 * 16_000) * torch.linspace(-6, 6, 40 * 16_000).sin()
     for kind in FOUR:
         model = Codec.load(small_codec(*kind))
-        with torch.inference_mode():
-            whole = model.quantizer.encode(model.encoder(wav))
+        whole = model.quantizer.encode(model.encoder(wav))
         flipped = (model.encode(wav) != whole).any(1).float().mean()
         assert flipped <= 0.001 and len(whole.unique()) > 20, f"{kind}: {flipped:.2%} of frames"
 
@@ -603,9 +599,13 @@ def test_tokenizing_continues_after_an_interruption_and_after_a_wrong_command():
     tokenize(out, source=f"{corpus()}/")
     assert all(path.stat().st_mtime_ns == at for path, at in before.items())
     assert read_rows(out / "train.jsonl") == read_rows(small_tokens() / "train.jsonl")
-    write_manifest(home / "train.jsonl", {"audio_filepath": "lost.wav"})
+    write_manifest(home / "train.jsonl", {"audio_filepath": "a.wav"})
     refused("can be used", tokenize, home / "out", *MEL, "--dev", "train", "--corpus", home)
     assert len(read_rows(tokenize(home / "out", *MEL) / "train.jsonl")) == 8
+    for samples in (8000, 4000):                    # the recording was replaced
+        write(home / "a.wav", noise(samples))
+        tokenize(home / "new", *MEL, "--dev", "train", source=home)
+        assert [row["frames"] for row in read_rows(home / "new/train.jsonl")] == [samples / 400]
 
 
 def test_unreadable_audio_is_named_and_silence_gives_no_nan():
@@ -615,6 +615,7 @@ def test_unreadable_audio_is_named_and_silence_gives_no_nan():
     for name, data in (("half.wav", wav[:40_000]), ("half.flac", flac[:30_000]), ("empty.wav", b""),
                        ("header.wav", wav[:40]), ("text.wav", b"words"), ("zeros.ogg", bytes(5000)),
                        ("wrong.flac", flac[:3000] + bytes(3000) + flac[6000:]),
+                       ("stream.flac", flac[:21] + b"\xf0" + bytes(4) + flac[26:]),
                        ("phone.m4a", b"\0\0\0\x20ftypM4A " + bytes(5000))):
         (home / name).write_bytes(data)
     for name, samples, rate in (("nan.wav", [0.1, math.nan], 16_000), ("none.wav", [], 16_000),
@@ -639,8 +640,7 @@ def test_unreadable_audio_is_named_and_silence_gives_no_nan():
 
 def test_batched_log_probs_equal_single():
     token_len = torch.tensor([41, 1, 2, 7, 30])         # what stands behind must not matter
-    kinds = (dict(aggregate="sum"), dict(aggregate="stack"), dict(num_codebooks=0))
-    for kind, subsampling in product(kinds, (1, 2, 4)):
+    for kind, subsampling in product(({}, {"aggregate": "stack"}, {"num_codebooks": 0}), (1, 2, 4)):
         model = make_asr(size="small", subsampling=subsampling, **kind)
         tokens = torch.randint(20, (5, 41, 3)) if model.num_codebooks else noise(5, 41, 8)
         log_probs, out_len = model(tokens, token_len)
@@ -800,7 +800,6 @@ def test_noise_is_added_to_audio_that_is_encoded_anew():
     data = TokenSet(small_tokens(), ["test"])
     args = evaluate.parse(["--noise", "white", "--snr", "300", "0"])
     clean, *noisy = evaluate.conditions(Recognizer(small_asr(), "cpu"), data, args)
-    assert [kind for kind, _, _ in (clean, *noisy)] == [None, "white", "white"]
     for (_, snr, arrays), least, most in zip(noisy, (0.0, 0.2), (0.0, 1.0)):
         changed = torch.cat(arrays) != torch.cat(clean[2])
         assert least <= changed.float().mean() <= most, snr
@@ -854,13 +853,13 @@ def test_beam_search_writes_words_of_the_language_model_that_the_weights_favor()
         (home / f"{name}.gz").write_bytes(data)
     path = [unit for i in units.piece_to_id([*"\u2581MAN\u2581CAT"]) for unit in (i, 0)]
     sure = 9 * torch.eye(len(units))[None, path] - 9
+    long = torch.cat([sure.repeat(1, 130, 1), sure[:, [1] * 20], sure.repeat(1, 30, 1)], 1)
     doubt = sure.clone()                            # the second word may be RED as well
     doubt[0, (10, 12, 14), units.piece_to_id(["R", "E", "D"])] = -0.2
     for text, lm, log_probs, more, prior in (       # frequent letters need better evidence
             ("MAN CAT", "rare", sure, {}, 0), ("MAN CAT", "rare.gz", sure, {}, 0),
-            (" ".join(151 * ["MAN CAT"]), "rare", sure.repeat(1, 151, 1), {}, 0),   # over a minute
-            ("MAN CAT", "rare", doubt, {}, 0), ("MAN RED", "common", doubt, {}, 0),
-            ("MAN CAT", "common", doubt, {"lm_weight": 0.0}, 0),
+            (" ".join(160 * ["MAN CAT"]), "rare", long, {}, 0), ("MAN CAT", "rare", doubt, {}, 0),
+            ("MAN RED", "common", doubt, {}, 0), ("MAN CAT", "common", doubt, {"lm_weight": 0}, 0),
             ("MAN RED", "rare", doubt, {"lm_weight": 0.0}, 5)):
         recognizer = Recognizer(letter_asr(), "cpu", home / lm, **more)
         recognizer.prior[units.piece_to_id("A")] += prior
@@ -919,6 +918,7 @@ def test_scripts_end_bad_input_and_ctrl_c_with_one_line():
             (train_asr, "without a language", "--tokens", letters(), "--lang-token"),
             (train_asr, "no effect on mel", "--tokens", tokens_with_copies(), "--replace", 0.1),
             (train_asr, "at least 0", "--time-masks", -1), (train_asr, "above 0", "--epochs", 0),
+            (tokenize_corpus, "each once", *MEL, "--speeds", 2, 2),
             (evaluate, "trained on codec", "--asr", asr, "--tokens", letters()),
             (evaluate, "on codec", "--asr", asr, "--codec", other, "--audio", corpus(), "--plots")):
         refused(what, run, stage, *flags, "--out", lost)

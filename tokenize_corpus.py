@@ -80,7 +80,8 @@ def read_subset(folders: list[Path], subset: str) -> tuple[list[Utterance], list
                 if len(item.id.encode()) > 200:
                     raise ValueError("its name is too long for a file of tokens; rename it")
                 if item.id in kept:
-                    raise ValueError(f"{kept[item.id].audio} has the same id; rename one")
+                    raise ValueError(f"{kept[item.id].audio} has the same id, {item.id}; rename "
+                                     f"one of them")
                 if not item.audio.exists():
                     raise ValueError("no such file")
                 seconds = sf.info(item.audio).duration
@@ -194,12 +195,12 @@ def stretch(files: list[Path], length: int, rng: np.random.Generator) -> Tensor:
     Files that cannot be read, and stretches of silence, are passed over."""
     for _ in range(100):
         try:
-            wav = read_audio(files[rng.integers(len(files))])
+            path = files[rng.integers(len(files))]
+            wav = read_audio(path, length / SAMPLE_RATE, at=rng.random())
         except ValueError as error:
             problem = error
             continue
-        start = rng.integers(len(wav))
-        part = wav[torch.arange(start, start + length) % len(wav)]
+        part = wav[torch.arange(length) % len(wav)]
         power = part.square().mean()
         if power > 1e-8:
             return part / power.sqrt()
@@ -315,23 +316,27 @@ def continue_folder(out: Path, meta: dict, args):
     arrays = {*out.rglob("*.npy")} - {out / "codebooks.npy"}
     if not (out / "meta.json").exists() or not arrays:
         return
-    before = json.loads((out / "meta.json").read_text("utf-8"))
+    older = {"speeds": [], "equalize": 0.0, "copies": 1}        # where a folder does not say
+    before = older | json.loads((out / "meta.json").read_text("utf-8"))
     for name in ("features", "codec", "hop", "corpus", "speeds", "equalize", "noise", "snr",
                  "copies", "seed"):
-        there = before.get(name, meta[name])    # older folders lack speeds, copies and equalize
-        if there != meta[name]:
-            raise ValueError(f"{out} holds tokens with {name} {there}, not {meta[name]}: "
+        if before[name] != meta[name]:
+            raise ValueError(f"{out} holds tokens with {name} {before[name]}, not {meta[name]}: "
                              f"give another --out, or delete it")
     for role in "train", "dev", "test":
         if not getattr(args, role):
-            meta[role] = before[role] or meta[role]
+            listed = [name for name in before[role] if (out / f"{name}.jsonl").exists()]
+            meta[role] = listed or meta[role]
 
 
 def encode_subset(front_end: FrontEnd, utterances: list[Utterance], noise: Noise, folder: Path,
                   workers: int):
-    """Write folder/<id>.npy for each utterance without one, and say what cannot be read."""
+    """Write folder/<id>.npy for each utterance without one that is newer than its audio, and say
+    what cannot be read."""
     folder.mkdir(parents=True, exist_ok=True)
-    todo = [item for item in utterances if not (folder / f"{item.id}.npy").exists()]
+    changed = lambda path: path.stat().st_ctime if path.exists() else 0     # as in `ls -lc`
+    todo = [item for item in utterances
+            if changed(folder / f"{item.id}.npy") < changed(item.audio)]
     loader = DataLoader(todo, batch_size=None, num_workers=workers,
                         collate_fn=partial(read_utterance, noise))      # in the workers
     for wav, item in zip(tqdm(loader, folder.name, disable=None), todo):
@@ -357,7 +362,7 @@ def list_subset(out: Path, subset: str, utterances: list[Utterance], skipped: li
             "frames": len(np.load(array, mmap_mode="r")), "array": f"{subset}/{array.name}"})
     hours = sum(row["duration"] for row in rows) / 3600
     print(f"{subset}: {len(rows)} utterances and copies, {hours:.2f} hours")
-    save_skipped(out / f"{subset}.skipped.txt", skipped)
+    save_skipped(out / f"{subset}.skipped.txt", [*dict.fromkeys(skipped)])
     if not rows:
         raise ValueError(f"{subset}: nothing that can be used; see {out / subset}.skipped.txt")
     write_rows(out / f"{subset}.jsonl", rows)
@@ -383,8 +388,10 @@ def tokenize(args):
         if args.features == "tokens":
             write_atomically(out / "codebooks.npy", front_end.codebooks, np.save)
 
-    for subsets in corpus.values():
+    for role, subsets in corpus.items():
         for subset, folders in subsets.items():
+            if subset not in meta[role]:        # an earlier command named others
+                continue
             utterances, skipped = read_subset(folders, subset)
             noise = Noise(args.noise, args.snr, utterances, args.seed)
             if subset in meta["train"]:     # a subset may have two roles, one by an earlier command
@@ -413,9 +420,9 @@ def parse(arguments=None):
     add("--corpus", ["synthetic"],
         "synthetic, mini-librispeech, librispeech, or folders, read as one corpus",
         type=os.path.normpath)
-    add("--train", [], "subsets to train on, if not the usual ones")
-    add("--dev", [], "subsets to watch training on, likewise")
-    add("--test", [], "subsets to evaluate on, likewise")
+    add("--train", [], "subsets to train on, if not the usual ones", type=os.path.normpath)
+    add("--dev", [], "subsets to watch training on, likewise", type=os.path.normpath)
+    add("--test", [], "subsets to evaluate on, likewise", type=os.path.normpath)
     add = flag_group(parser, "input of the recognizer")
     add("--codec", "runs/codec/codec.pt", "a trained codec, or encodec")
     add("--features", "tokens",
@@ -447,9 +454,10 @@ def parse(arguments=None):
     if Path(args.codec).name == "encodec" and args.features == "latent":
         parser.error("--features latent needs a codec of ours, not encodec")
     if (min(args.hop, args.copies) < 1 or args.equalize < 0
-            or not all(0.1 <= speed <= 10 for speed in args.speeds)):
+            or not all(0.1 <= speed <= 10 for speed in args.speeds)
+            or len({*args.speeds}) < len(args.speeds)):
         parser.error("--hop and --copies must be above 0, --equalize not below 0, --speeds between "
-                     "0.1 and 10")
+                     "0.1 and 10, each once")
     return args
 
 

@@ -354,7 +354,7 @@ def ramp(step: int, args) -> float:
 def check_same_tokens(path: str | Path, trained: dict, tokens: str | Path, found: dict, more=()):
     """A recognizer reads only what it was trained on: the same features of the same codec."""
     for name in "features", "codec", "hop", "codebooks", *more:
-        if trained.get(name) != found.get(name):
+        if trained.get(name, found.get(name)) != found.get(name):       # older files lack some
             raise ValueError(f"{path} was trained on {name} {trained.get(name)}, but {tokens} "
                              f"holds {found.get(name)}: use the tokens and codec that it was "
                              f"trained with")
@@ -393,9 +393,9 @@ def train(args):
     dev = TokenSet(args.tokens, meta["dev"], args.codebooks)
     model = start_model(args, meta, data).to(device)
     optimizers = make_optimizers(model, args)
-    first, step, log = 0, 0, []
+    log = saved["log"] if saved else []
+    first, step = len(log), log[-1]["step"] if log else 0
     if saved:
-        first, step, log = saved["epoch"], saved["step"], saved["log"]
         model.load_state_dict(saved["model"])
         for optimizer, values in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(values)
@@ -461,8 +461,7 @@ def train(args):
         state = {"kind": "asr", "flags": vars(args), "meta": meta, "log": log,
                  "text": data.units.serialized_model_proto(), "model": model.state_dict(),
                  "log_prior": unit_prior(model, data, [i for group in some for i in group])}
-        save_run(out, state, epoch=epoch + 1, step=step,
-                 optimizers=[optimizer.state_dict() for optimizer in optimizers])
+        save_run(out, state, optimizers=[optimizer.state_dict() for optimizer in optimizers])
     if rank == 0:
         print(f"wrote {out / 'asr.pt'} (dev CER {log[-1]['dev_cer']:.1%}); next: python "
               f"evaluate.py --asr {shlex.quote(str(out))} --out {shlex.quote(str(out / 'eval'))}")
@@ -492,7 +491,8 @@ def parse(arguments=None):
     add("--replace", 0.0, "share of tokens replaced by random codes")
     add("--noisy-embedding", 0.0,
         "standard deviation of noise on the embedding, relative to its own, such as 0.3")
-    add("--curriculum", 3000, "steps over which augmentation and noisy copies ramp up; 0: none")
+    add("--curriculum", 3000,
+        "steps over which augmentation and noisy copies ramp up; 0: full strength from the start")
     add = flag_group(parser, "text units")
     add("--units", "char", "text units", choices=("char", "unigram", "bpe"))
     add("--vocab-size", 256, "number of text units, with unigram or bpe")
