@@ -111,7 +111,7 @@ def bits(run):
     """Log-mel, which has no bits, becomes a horizontal line."""
     first = next(iter(run["test"].values()))
     cer = 100 * run["test"].get("test-clean", first)["cer"]
-    for kbits in [run["bitrate"] / 1000] if run["bitrate"] else [0, 7]:
+    for kbits in [run["bitrate"] / 1000] if run["bitrate"] else [0, 4]:
         yield "", kbits, cer
 
 
@@ -176,12 +176,10 @@ def draw_questions(runs):
         for label, seeds in labels.items():
             for number, (middle, low, high) in enumerate(seeds):
                 y = len(names) + number / 3
-                if middle > FAR:
-                    axis.text(FAR - 1.2 * number, len(names), f"{middle:+.0f} ▶", ha="right",
-                              va="center")
-                else:
-                    axis.plot([low, high], [y, y], linewidth=2, color=COLORS[0])
-                    axis.plot(middle, y, "o", color=COLORS[0])
+                axis.plot([low, high], [y, y], linewidth=2, color=COLORS[0])
+                axis.plot(middle, y, "o", color=COLORS[0])
+            far = ", ".join(f"{middle:+.0f} ▶" for middle, _, _ in seeds if middle > FAR)
+            axis.text(FAR, len(names), far, ha="right", va="center", clip_on=True)
             names.append(label)
     axis.set_yticks(range(len(names)), names)
     for name in axis.get_yticklabels():

@@ -59,6 +59,7 @@ quick run          log-mel                          runs/quick/masks-mel       -
 input              tokens: against log-mel          runs/study/baseline        runs/study/log-mel
 input              log-mel                          runs/study/log-mel         -
 input              latent instead of tokens         runs/study/latent          runs/study/baseline
+input              log-mel, 80 Hz to 40             runs/study/log-mel-80      runs/study/log-mel
 embedding tables   start as codebooks               runs/study/baseline        -
 embedding tables   codebooks, never trained         runs/study/frozen          runs/study/baseline
 embedding tables   start as shuffled codebooks      runs/study/shuffled        runs/study/baseline
@@ -79,7 +80,8 @@ bits               256 codes in each codebook       runs/study/256             r
 bits               4,096 codes in each codebook     runs/study/4096            runs/study/baseline
 bits               80 frames per second             runs/study/80hz            runs/study/baseline
 bits               log-mel                          runs/study/log-mel         -
-codec steps        1, so hardly trained             runs/study/steps-1         runs/study/baseline
+codec steps        none: random filters             runs/study/untrained       runs/study/baseline
+codec steps        1, BatchNorm not settled         runs/study/steps-1         runs/study/baseline
 codec steps        1,500                            runs/study/steps-1500      runs/study/baseline
 codec steps        3,000                            runs/study/steps-3000      runs/study/baseline
 codec steps        12,000                           runs/study/steps-12000     runs/study/baseline
@@ -199,7 +201,8 @@ def rows_of(entries):
 def difference(run, base, test, words=False):
     """CER (or WER) of a run minus that of another, and its 95% interval, in points.
 
-    Speakers are resampled together; a reader of our study may have more of them than we had.
+    Speakers that both were tested on count, and are resampled together: a reader may have tested
+    on more of them than we had.
     """
     columns = slice(2) if words else slice(2, 4)
     ours, theirs = run["test"][test]["by_speaker"], base["test"][test]["by_speaker"]

@@ -102,6 +102,11 @@ baseline)       # 80: what the others are compared with
 log-mel)        # 75: log-mel instead of tokens
     asr log-mel runs/mini/mel
     ;;
+log-mel-80)     # 85: log-mel of 80 frames per second, as inside the codec, subsampled to 40
+    python tokenize_corpus.py "${mini[@]}" --features mel --hop 200 \
+        --out runs/study/tokens-log-mel-80
+    asr log-mel-80 runs/study/tokens-log-mel-80 --subsampling 2
+    ;;
 latent)         # 80: the latent before the quantizer
     tokens latent runs/mini/codec --features latent
     asr latent runs/study/tokens-latent
@@ -171,7 +176,12 @@ codebooks-4)    # 80
     tokens 80hz runs/study/codec-80hz
     asr 80hz runs/study/tokens-80hz --subsampling 2
     ;;
-steps-1)        # 85: a codec of one training step: random filters, codebooks that fit them
+untrained)      # 95: a codec of random filters; its codebooks and BatchNorm have settled
+    codec untrained --steps 60 --lr 1e-9
+    tokens untrained runs/study/codec-untrained
+    asr untrained runs/study/tokens-untrained
+    ;;
+steps-1)        # 85: a codec of one training step, whose BatchNorm has not settled
     codec steps-1 --steps 1
     tokens steps-1 runs/study/codec-steps-1
     asr steps-1 runs/study/tokens-steps-1
