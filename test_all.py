@@ -177,7 +177,7 @@ def test_printed_commands_are_accepted_and_printed_numbers_are_those_of_the_stud
             STAGES[name].parse(shlex.split(flags))
     defaults = [[value for value in vars(stage.parse([])).values()
                  if isinstance(value, (int, float))] for stage in STAGES.values()]
-    assert defaults == [[1.0, 8, 1024, 500, 8, 0.001, False, 0], [400, 1, 1, 0],
+    assert defaults == [[1.0, 8, 1024, 500, 8, 0.001, False, 0], [400, 0.0, 1, 1, 0],
                         [0, 1, 8, 0, 1, 0.0, 0.0, 3000, 256, False, 20, 40.0, 0.003, 0],
                         [False, 500, 3.0, 0.0, 0.5, 0]]
     with mock.patch.object(study, "write_atomically"):
