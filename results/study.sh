@@ -75,12 +75,12 @@ mini)           # 45: codec, tokens and log-mel that most runs below use
     python tokenize_corpus.py "${mini[@]}" --codec runs/mini/codec/codec.pt --out runs/mini/tokens
     python tokenize_corpus.py "${mini[@]}" --features mel --out runs/mini/mel
     ;;
-headline)       # 140: the headline, on tokens
+headline)       # 130: the headline, on tokens
     python tokenize_corpus.py "${mini[@]}" --equalize 5 --codec runs/mini/codec/codec.pt \
         --out runs/mini/tokens-eq
     headline asr runs/mini/tokens-eq
     ;;
-headline-mel)   # 140: the headline, on log-mel
+headline-mel)   # 130: the headline, on log-mel
     python tokenize_corpus.py "${mini[@]}" --equalize 5 --features mel --out runs/mini/mel-eq
     headline asr-mel runs/mini/mel-eq
     ;;
