@@ -537,7 +537,7 @@ class Crops:
             except ValueError as error:
                 self.unreadable[path] = str(error)
         raise ValueError(f"of {len(self.files)} audio files, none can be read; name subsets with "
-                         f"--train and --dev. {' '.join([*self.unreadable.values()][:1])}")
+                         f"--train and --dev. {next(iter(self.unreadable.values()), '')}")
 
     def batch_of(self, step: int, rank: int = 0, world: int = 1) -> Tensor:
         """This process's share of a training step: (batch / world, length)."""
@@ -778,7 +778,7 @@ def check_wav_size(path: str | Path):
         size = int.from_bytes(file.read(4), "little")
     # Programs that stream a WAV may write a size of 2 GiB or more.
     if kind == b"RIFF" and os.path.getsize(path) < 0.9 * size and size < 0x7f000000:
-        raise ValueError(f"is truncated: its header says {size} bytes")
+        raise ValueError(f"truncated: its header says {size} bytes")
 
 
 def check_sound(path: str | Path, wav: np.ndarray, wanted: int, rate: int):

@@ -17,8 +17,8 @@ From Python:
 
 WER, CER: word and character error rate, (substitutions + deletions + insertions) / length.
 Intervals: 95%, by a bootstrap that resamples speakers, or utterances where there are fewer than
-five speakers. With few speakers they are too narrow: with 20 they hold the truth in 94 of 100
-cases, with 5 in 83.
+five speakers. With few speakers they are too narrow: in a simulation, they held the truth in 94 of
+100 cases with 20 speakers, in 83 with 5.
 Legend: T token frames, Q codebooks, D feature size, T' output frames, V text units, N utterances.
 """
 

@@ -14,7 +14,8 @@ out  runs/tokens/meta.json              codec (fingerprint and path), hop, Q, K,
 my-corpus holds subsets train, dev and test in one of three layouts: LibriSpeech's folders;
 manifests such as train.jsonl, with a line {"audio_filepath": "a.wav", "text": "GUTEN TAG"} for each
 file, optionally with "lang" and "speaker"; or ML-SUPERB's <dataset>/<lang>/transcript_train.txt.
-Test subsets alone are enough for evaluate.py. The same command continues an interrupted run.
+Test subsets alone are enough for evaluate.py. The same command continues an interrupted run, and
+encodes recordings anew that have changed since.
 
 Legend: S samples, T token frames, Q codebooks, K codes, D feature size.
 Dhawan et al., arXiv 2407.03495, section 3: the recognizer never sees audio, only these files.
@@ -331,8 +332,8 @@ def continue_folder(out: Path, meta: dict, args):
 
 def encode_subset(front_end: FrontEnd, utterances: list[Utterance], noise: Noise, folder: Path,
                   workers: int):
-    """Write folder/<id>.npy for each utterance without one that is newer than its audio, and say
-    what cannot be read."""
+    """Write folder/<id>.npy for each utterance, unless there is one that is newer than its audio,
+    and say what cannot be read."""
     folder.mkdir(parents=True, exist_ok=True)
     changed = lambda path: path.stat().st_ctime if path.exists() else 0     # as in `ls -lc`
     todo = [item for item in utterances
@@ -433,7 +434,8 @@ def parse(arguments=None):
     add = flag_group(parser, "copies of the train subsets")
     add("--speeds", [], "copies at these speeds, such as 0.9 1.1", type=float)
     add("--equalize", 0.0,
-        "deviation in dB of a random gain in each octave of the copies at these speeds")
+        "deviation in dB of a random gain in each octave of these copies, which then also begin "
+        "up to 25 ms later")
     add("--noise", [], "copies in noise: white, pink, babble, or folders of audio",
         type=os.path.normpath)
     add("--snr", [0.0, 20.0], "range of their signal-to-noise ratio in dB",

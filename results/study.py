@@ -48,10 +48,10 @@ STUDY_FILE = Path(__file__).with_name("study.json")
 STUDY = """
 headline           tokens: against log-mel          runs/headline/asr          runs/headline/asr-mel
 headline           log-mel                          runs/headline/asr-mel      -
-recipe             22 epochs, unequalized, tokens   runs/unequalized/asr       runs/headline/asr
-recipe             22 epochs, unequalized, log-mel  runs/unequalized/asr-mel   runs/headline/asr-mel
-recipe             the older one, tokens            runs/old/headline          runs/unequalized/asr
-recipe             the older one, log-mel           runs/old/headline-mel      runs/unequalized/asr-mel
+recipe             22 epochs, unequalized, tokens   runs/plain/asr             runs/headline/asr
+recipe             22 epochs, unequalized, log-mel  runs/plain/asr-mel         runs/headline/asr-mel
+recipe             the older one, tokens            runs/old/headline          runs/plain/asr
+recipe             the older one, log-mel           runs/old/headline-mel      runs/plain/asr-mel
 README's run       tokens                           runs/quick/asr             -
 README's run       log-mel: against tokens          runs/quick/asr-mel         runs/quick/asr
 quick run          tokens: against log-mel          runs/quick/masks           runs/quick/masks-mel

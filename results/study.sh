@@ -7,7 +7,7 @@
 # The variable TEST names other test subsets:
 #     TEST="test-clean test-other" bash results/study.sh mini
 #
-# Except for headline, unequalized, quick and lang, all runs are `tiny`, last 12 epochs unless their
+# Except for headline, plain, quick and lang, all runs are `tiny`, last 12 epochs unless their
 # name says otherwise, and use no masks. Older runs (runs/old in study.json) used ten time masks of
 # up to 5% of an utterance, four codebook masks and two feature masks, without self-conditioned CTC:
 # they cannot be repeated exactly.
@@ -84,11 +84,11 @@ headline-mel)   # 130: the headline, on log-mel
     python tokenize_corpus.py "${mini[@]}" --equalize 5 --features mel --out runs/mini/mel-eq
     headline asr-mel runs/mini/mel-eq
     ;;
-unequalized)    # 150: the same with copies that are not equalized; on one core of an AMD EPYC
-    seed 0 runs/unequalized/asr runs/mini/tokens --size small --epochs 22
+plain)          # 150: the same with copies that are not equalized; on one core of an AMD EPYC
+    seed 0 runs/plain/asr runs/mini/tokens --size small --epochs 22
     ;;
-unequalized-mel)    # 150: likewise
-    seed 0 runs/unequalized/asr-mel runs/mini/mel --size small --epochs 22
+plain-mel)      # 150: likewise
+    seed 0 runs/plain/asr-mel runs/mini/mel --size small --epochs 22
     ;;
 quick)          # 80: 12 epochs with the default masks
     seeds runs/quick/masks runs/mini/tokens --epochs 12
