@@ -123,13 +123,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, y: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """y (B, T, C), mask (B, 1, 1, T) -> (B, T, C)."""
+    def forward(self, y: Tensor, real: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """y (B, T, C), real (B, 1, 1, T) -> (B, T, C)."""
         qkv = self.qkv(self.norm(y)).unflatten(2, (3, HEADS, -1))          # (B, T, 3, H, C/H)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                        # (B, H, T, C/H)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)             # float32, as the angles are
         with torch.autocast("cpu", enabled=False):      # where attention is slower in bfloat16
-            heads = F.scaled_dot_product_attention(q, k, v.float(), attn_mask=mask)
+            heads = F.scaled_dot_product_attention(q, k, v.float(), attn_mask=real)
         return self.out(heads.transpose(1, 2).flatten(2))
 
 
@@ -182,17 +182,19 @@ class ConformerBlock(nn.Module):
 class CodecASR(nn.Module):
     """Tokens to log-probabilities of text units.
 
-        model = CodecASR(vocab_size=32, num_codebooks=8, codebook_size=1000, dim=32)
+        model = CodecASR(vocab_size=32, num_codebooks=8, codebook_size=1024, dim=128)
         model.start_from(codebooks, sample)             # (Q, K, D), (N, Q) training tokens
         log_probs, out_len = model(tokens, token_len)   # (B, T, Q), (B,) -> (B, T', V), (B,)
     """
 
-    def __init__(self, vocab_size: int, num_codebooks: int = 8, codebook_size: int = 1000,
-                 dim: int = 32, aggregate: str = "sum", size: str = "small", subsampling: int = 1):
+    def __init__(self, vocab_size: int, num_codebooks: int = 8, codebook_size: int = 1024,
+                 dim: int = 128, aggregate: str = "sum", size: str = "small", subsampling: int = 1):
         """num_codebooks 0: the input is features (B, T, dim). subsampling: 1, 2 or 4."""
         super().__init__()
         width, layers, dropout = SIZES[size]
-        self.num_codebooks, self.head_dim, self.augment = num_codebooks, width // HEADS, Augment()
+        self.num_codebooks = num_codebooks
+        self.head_dim = width // HEADS
+        self.augment = Augment()                    # does nothing until train_asr.py sets it
         if num_codebooks:
             self.embedding = TokenEmbedding(num_codebooks, codebook_size, dim, aggregate)
             dim = self.embedding.out_dim
@@ -219,9 +221,10 @@ class CodecASR(nn.Module):
             self.embedding.tables.copy_(tables[:self.num_codebooks].flatten(0, 1))
             emb = self.embedding(sample[None], torch.ones(1, *sample.shape))[0]
         self.mean.copy_(emb.mean(0))
-        # A dimension that hardly varies stays small. With "stack", one deviation serves all
-        # dimensions: the last codebooks of RVQ are small and carry little.
+        # The floor keeps dimensions small that hardly vary.
         deviation = emb.std(0).clamp(min=0.1 * emb.std())
+        # With "stack", one deviation serves all dimensions: RVQ's last codebooks are small and
+        # carry little.
         if self.num_codebooks and self.embedding.aggregate == "stack":
             deviation = (emb - self.mean).std()
         self.deviation.copy_(deviation)
@@ -229,7 +232,8 @@ class CodecASR(nn.Module):
     def embed(self, tokens: Tensor, token_len: Tensor) -> Tensor:
         """tokens (B, T, Q) or features (B, T, D) -> normalized embedding (B, T, D)."""
         if self.num_codebooks:
-            tokens, weights = tokens.long(), torch.ones(tokens.shape, device=tokens.device)
+            tokens = tokens.long()
+            weights = torch.ones(tokens.shape, device=tokens.device)
             if self.training:
                 tokens = self.augment.replace_codes(tokens, self.embedding.codebook_size)
                 weights = self.augment.visible(tokens, token_len)
@@ -240,13 +244,14 @@ class CodecASR(nn.Module):
         return self.augment.hide(emb, token_len) if self.training else emb
 
     def forward(self, tokens: Tensor, token_len: Tensor,
-                halfway: bool = False) -> tuple[Tensor, Tensor]:
+                both: bool = False) -> tuple[Tensor, Tensor]:
         """tokens (B, T, Q) or features (B, T, D), token_len (B,) -> log_probs, out_len (B,).
 
         Self-conditioned CTC: the second half of the blocks also reads what the first half predicts.
-        halfway: log_probs (2, B, T', V), after half of the blocks and after all; both are trained.
+        both: log_probs (2, B, T', V), after half of the blocks and after all, for training.
         """
-        y, out_len = self.project(self.embed(tokens, token_len)), token_len         # (B, T, C)
+        y = self.project(self.embed(tokens, token_len))                             # (B, T, C)
+        out_len = token_len
         for layer in self.subsample:
             y = y * real_steps(y.shape[1], out_len)[:, :, None]
             y = F.silu(layer(y.mT)).mT
@@ -261,7 +266,7 @@ class CodecASR(nn.Module):
         for block in self.blocks[half:]:
             y = block(y, real, cos, sin)
         late = self.output(y).float().log_softmax(-1)                               # (B, T', V)
-        return torch.stack([early, late]) if halfway else late, out_len
+        return torch.stack([early, late]) if both else late, out_len
 
     def angles(self, steps: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin of the rotary angles: (T', C / H / 2) each."""

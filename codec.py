@@ -9,7 +9,7 @@ out  runs/codec/codec.pt        the codec, in half precision: all that the other
 
     python codec.py                                               # synthetic speech, a few minutes
     python codec.py --corpus mini-librispeech --steps 6000 --batch 16 --out runs/mini/codec
-    python codec.py --corpus my-audio --train recordings --steps 6000 --out runs/mine/codec
+    python codec.py --corpus my-audio --train recordings --steps 6000 --out runs/my/codec
     python codec.py --reconstruct in.wav out.wav                  # hear what the tokens keep
 
 The log lines: `mel` is the distance between log-mel spectrograms of speech and reconstruction,
@@ -61,8 +61,8 @@ from quantizers import GroupFSQ, Quantized, ResidualVQ, usage_and_perplexity
 
 SAMPLE_RATE = 16_000
 
-# Channels of the time encoder's first layer, of the mel encoder and of the decoder; blocks of the
-# last two. `tiny` and `small` train on a laptop; `base` needs a GPU.
+# Channels of the time encoder's first layer, of the mel encoder, and of the decoder; blocks in each
+# of the last two. `tiny` and `small` train on a laptop; `base` needs a GPU.
 SIZES = {"tiny": (16, 128, 128, 2), "small": (32, 192, 256, 4), "base": (64, 384, 512, 6)}
 
 
@@ -130,11 +130,9 @@ class TimeEncoder(nn.Module):
     """wav (B, S) -> latent (B, D, T): SEANet (EnCodec, arXiv 2210.13438) without its LSTM.
 
     Each stride shortens the time axis, and each but the first doubles the channels; between them
-    are residual units.
-    SEANet's first convolution and residual unit, at the full sample rate, are left out, because
-    they cost the most.
-    Four departures let it learn within minutes what a log-mel spectrum gives for free, the energy
-    in each band of frequencies:
+    are residual units. SEANet's first convolution and residual unit, at the full sample rate, are
+    left out, because they cost the most. Four more departures let it learn within minutes what a
+    log-mel spectrum gives for free, the energy in each band of frequencies:
     - LeakyReLU, which rectifies however quiet the sound is. ELU is nearly a straight line around 0.
     - He initialization, which keeps the size of the signal from layer to layer.
     - A LayerNorm of each frame, so that quiet frames are not all rounded to one code.
@@ -162,7 +160,7 @@ class TimeEncoder(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, wav: Tensor) -> Tensor:
-        y = self.down(4 * wav[:, None])         # recordings are quiet: about deviation 0.3
+        y = self.down(4 * wav[:, None])         # recordings are quiet: this makes the deviation 0.3
         y = self.norm(y.mT).mT                  # over C
         return self.top(y)
 
@@ -609,7 +607,7 @@ def train(args):
     device, rank, world = start_processes(args.device)
     if args.batch % world:
         raise ValueError(f"--batch {args.batch}: must be a multiple of the {world} processes")
-    # {role, such as train: {subset, such as train-clean-5: the folders that have it}}
+    # {"train": {"train-clean-5": [folders that have it]}, "dev": ...}
     corpus = find_subsets(args.corpus, train=args.train, dev=args.dev)
     files = audio_files(corpus["train"])
     dev = audio_files(corpus["dev"])
@@ -672,6 +670,7 @@ def train(args):
             if args.adversarial:
                 if step % 3 < 2:        # the discriminator learns in two of every three steps
                     optimize(discriminator_loss(discriminator_net, wav, made), optimizers[1], lr)
+                # Without DistributedDataParallel: these gradients are the codec's.
                 losses |= generator_losses(discriminator, wav, made)
             total = sum(WEIGHTS[name] * value for name, value in losses.items())
             optimize(total, optimizers[0], lr)

@@ -17,8 +17,8 @@ From Python:
 
 WER, CER: word and character error rate, (substitutions + deletions + insertions) / length.
 Intervals: 95%, by a bootstrap that resamples speakers, or utterances where there are fewer than
-five speakers. With few speakers they are too narrow: in a simulation, they held the truth in 94 of
-100 cases with 20 speakers, in 83 with 5.
+five speakers. With few speakers they are too narrow: in a simulation, they contained the truth in
+94 of 100 cases with 20 speakers, in 83 with 5.
 Legend: T token frames, Q codebooks, D feature size, T' output frames, V text units, N utterances.
 """
 
@@ -73,7 +73,9 @@ class Recognizer:
         saved = load_checkpoint(self.path, "asr")
         self.device = torch.device(pick_device(device))
         try:
-            self.flags, self.meta, self.log = saved["flags"], saved["meta"], saved["log"]
+            self.flags = saved["flags"]
+            self.meta = saved["meta"]
+            self.log = saved["log"]
             self.units = SentencePieceProcessor(model_proto=saved["text"])
             self.model = build_model(self.flags, self.meta, len(self.units))
             self.model.load_state_dict(saved["model"])
@@ -89,8 +91,7 @@ class Recognizer:
     @cached_property
     def front_end(self) -> FrontEnd:
         """What made the training tokens. Raises ValueError when the given codec is another one."""
-        features, hop = self.meta["features"], self.meta["hop"]
-        front_end = FrontEnd(features, self.codec, hop, str(self.device))
+        front_end = FrontEnd(self.meta["features"], self.codec, self.meta["hop"], str(self.device))
         check_same_tokens(self.path, self.meta, self.codec, front_end.meta)
         return front_end
 
@@ -118,12 +119,13 @@ class Recognizer:
         if not self.beam_search:
             return greedy(self.units, log_probs[0])
         # The prior is subtracted, as the language model has its own (see unit_prior).
-        rest, words = log_probs - self.prior, []
+        rest = log_probs - self.prior
+        words = []
         while rest.shape[1]:
             end = rest.shape[1]
             if end > 2400:
-                # Pieces of at most a minute (at 40 Hz) bound memory. This one ends in a pause: amid
-                # the 15 frames, among the last 800, in which blanks are likeliest.
+                # Pieces of at most a minute (at 40 Hz) bound memory. This one ends in a pause: in
+                # the middle of those 15 of its last 800 frames where blanks are likeliest.
                 end = 1607 + int(rest[0, 1600:2400, 0].unfold(0, 15, 1).mean(1).argmax())
             for best in self.beam_search(rest[:, :end])[0]:         # one hypothesis, or none
                 words += best.words
@@ -175,7 +177,7 @@ def arpa_words(lm: str) -> list[str]:
         try:
             return re.findall(r"^\S+\t(\S+)", "".join(unigrams), re.MULTILINE)
         except (OSError, EOFError, zlib.error):
-            raise ValueError(f"--lm {lm}: is damaged")
+            raise ValueError(f"--lm {lm}: damaged")
 
 
 # ----------------------------------------------------------------------------------------- scoring
@@ -185,10 +187,11 @@ class Score:
 
     def __init__(self, rows: list[dict], hyps: list[str]):
         """rows: of the token folder, with text, lang and speaker; hyps: what was recognized."""
-        self.rows, self.refs = rows, [row["text"] for row in rows]
+        self.rows = rows
+        self.refs = [row["text"] for row in rows]
         self.named, self.texts = zip(*map(split_language, hyps))        # languages, texts
-        self.words = count_errors(jiwer.process_words, self.refs, self.texts)
-        self.chars = count_errors(jiwer.process_characters, self.refs, self.texts)
+        self.word_counts = count_errors(jiwer.process_words, self.refs, self.texts)
+        self.char_counts = count_errors(jiwer.process_characters, self.refs, self.texts)
         self.speakers = [row["speaker"] or row["id"] for row in rows]
         # The bootstrap draws speakers, or utterances where there are fewer than five speakers.
         drawn = self.speakers if len(set(self.speakers)) >= 5 else range(len(rows))
@@ -196,18 +199,18 @@ class Score:
 
     def summary(self, seed: int) -> dict:
         by_speaker = {}     # speaker: word errors, words, character errors, characters
-        for name, counts in zip(self.speakers, np.hstack([self.words, self.chars])):
+        for name, counts in zip(self.speakers, np.hstack([self.word_counts, self.char_counts])):
             by_speaker[name] = by_speaker.get(name, 0) + counts
         result = {"utterances": len(self.rows),
-                  "wer": rate(self.words),
-                  "wer_interval": interval(resampled(self.words, self.groups, seed)),
-                  "cer": rate(self.chars),
-                  "cer_interval": interval(resampled(self.chars, self.groups, seed)),
+                  "wer": rate(self.word_counts),
+                  "wer_interval": interval(resampled(self.word_counts, self.groups, seed)),
+                  "cer": rate(self.char_counts),
+                  "cer_interval": interval(resampled(self.char_counts, self.groups, seed)),
                   "by_speaker": {name: total.tolist() for name, total in by_speaker.items()}}
         languages = np.array([row["lang"] for row in self.rows])
         named = np.array(self.named)
         if len(set(languages)) > 1:
-            result["cer_by_language"] = {lang: rate(self.chars[languages == lang])
+            result["cer_by_language"] = {lang: rate(self.char_counts[languages == lang])
                                          for lang in sorted(set(languages))}
         if named.any():
             result["languages_named_right"] = float(np.mean(named == languages))
@@ -252,7 +255,8 @@ def plot_utterance(recognizer: Recognizer, audio: Path, text: str, path: Path):
         raise ValueError("--plots needs pip install matplotlib")
     wav = read_audio(audio)
     array = torch.from_numpy(recognizer.front_end(wav))                     # (T, Q)
-    end, best = len(wav) / SAMPLE_RATE, recognizer.log_probs(array)[0].argmax(1)        # (T',)
+    end = len(wav) / SAMPLE_RATE
+    best = recognizer.log_probs(array)[0].argmax(1)                         # (T',)
     fig = Figure(figsize=(12, 7), dpi=80, layout="constrained")
     fig.suptitle(f"recognized: {text}", parse_math=False)
     axes = fig.subplots(3, 1, sharex=True)
@@ -329,7 +333,11 @@ def load(path: str | Path, args) -> Recognizer:
 
 def evaluate(args):
     """Evaluate one run, or compare several, on the test subsets: clean, and in noise."""
-    report, rows, subsets, page, out = {}, [], args.test, "", Path(args.out)
+    out = Path(args.out)
+    subsets = args.test
+    report = {}
+    rows = []
+    page = ""
     first = {}                              # test: Score of the first run
     for name in args.compare or [args.asr]:
         run = load(name, args)
@@ -362,15 +370,15 @@ def evaluate(args):
                         raise ValueError(f"{name}: its {subset} holds other utterances than that "
                                          f"of {args.compare[0]}")
                     # One seed draws the same speakers, or utterances, for both runs.
-                    low, high = interval(resampled(score.chars, base.groups, args.seed)
-                                         - resampled(base.chars, base.groups, args.seed))
+                    low, high = interval(resampled(score.char_counts, base.groups, args.seed)
+                                         - resampled(base.char_counts, base.groups, args.seed))
                     summary["cer_minus_first"] = [low, high]
                     rows[-1].append(f"{100 * low:+.1f} to {100 * high:+.1f}")
                 elif not kind:
                     page += f"\n{subset}\n{remarks(score, summary)}"
     header = ["run", "test", "utterances", "WER % (95%)", "CER % (95%)"]
     if args.compare:
-        header.append("CER minus the first run's (95%)")
+        header.append("CER minus the first run's, 95%")
     page += "\n" + table(header, rows)
 
     stem = "compare" if args.compare else "report"
@@ -421,7 +429,8 @@ def parse(arguments=None):
     add("--plots", False,
         "also draw each file of --audio, with its tokens and letters (needs matplotlib)")
     add = flag_group(parser, "beam search with a language model")
-    add("--lm", None, "word language model in ARPA format, plain or gzipped; greedy without")
+    add("--lm", None, "word language model in ARPA format, plain or gzipped, which writes no "
+        "language tokens; greedy without")
     add("--beam", 500, "hypotheses kept")
     add("--lm-weight", 3.0, "weight of the language model")
     add("--word-score", 0.0, "added for every word")
@@ -457,4 +466,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")        # for file names that are not UTF-8
     main()

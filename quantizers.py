@@ -60,7 +60,9 @@ class ResidualVQ(nn.Module):
 
     def __init__(self, dim: int = 128, num_codebooks: int = 8, codebook_size: int = 1024):
         super().__init__()
-        self.dim, self.num_codebooks, self.codebook_size = dim, num_codebooks, codebook_size
+        self.dim = dim
+        self.num_codebooks = num_codebooks
+        self.codebook_size = codebook_size
         self.register_buffer("embed", torch.zeros(num_codebooks, codebook_size, dim))
         self.register_buffer("ema_sum", torch.zeros(num_codebooks, codebook_size, dim))
         self.register_buffer("ema_count", torch.ones(num_codebooks, codebook_size))
@@ -78,12 +80,12 @@ class ResidualVQ(nn.Module):
         frames = latent.float().mT.flatten(0, 1)                            # (N, D)
         depth = self.random_depth(batch).repeat_interleave(time)            # (N,)
 
-        # The residuals are detached, so that every level's commitment loss reaches the encoder.
-        # Chained residuals cancel all but the first level's (encodec issue 25).
+        # Every level's commitment loss starts from `frames`: through chained residuals, the
+        # gradients of all levels but the first would cancel (encodec issue 25).
         residual = frames.detach()
         quantized = torch.zeros_like(residual)
-        # (B, Q, T): all levels, also those that `active` below switches off.
-        tokens, loss = self.encode(latent.detach()), 0.0
+        tokens = self.encode(latent.detach())           # (B, Q, T): all levels, whatever `depth` is
+        loss = 0.0
         for level, index in enumerate(tokens.transpose(0, 1).flatten(1)):   # (N,)
             code = self.embed[level, index]                                 # (N, D)
             active = level < depth                  # (N,) does this utterance use this level?
@@ -117,7 +119,7 @@ class ResidualVQ(nn.Module):
         return sum(rows).mT
 
     def random_depth(self, batch: int) -> Tensor:
-        """How many codebooks each utterance uses: (B,)."""
+        """How many codebooks each utterance uses; outside training, all of them: (B,)."""
         device = self.embed.device
         fewer = torch.randint(1, self.num_codebooks + 1, (batch,), device=device)
         hit = torch.rand(batch, device=device) < self.dropout * self.training
@@ -194,7 +196,8 @@ class GroupFSQ(nn.Module):
 
     def __init__(self, num_groups: int = 8, levels: tuple[int, ...] = (8, 5, 5, 5)):
         super().__init__()
-        self.num_codebooks, self.codebook_size = num_groups, prod(levels)
+        self.num_codebooks = num_groups
+        self.codebook_size = prod(levels)
         self.dim = num_groups * len(levels)
         sizes = torch.tensor(levels)
         # Index of a code in mixed radix: the place value of a digit is the product of the levels

@@ -353,8 +353,7 @@ def test_codes_without_use_die_after_53_steps_and_move_to_the_data_each_to_its_o
             moved, frames = quantizer.embed[0, dead], latent.transpose(1, 2).flatten(0, 1)
             assert torch.cdist(moved, frames).min(1).values.max() < 0.1
             assert torch.pdist(moved).min() > 1e-4
-    assert len(set(tokens.flatten().tolist()) & set(dead)) > 20     # those that moved stay
-    assert quantizer.embed[0, 60].max() < 100
+    assert len({*tokens.flatten().tolist()} & {*dead}) > 20 and quantizer.embed[0, 60].max() < 100
 
 
 def test_kmeans_leaves_no_zero_or_double_code_at_deep_levels():
@@ -457,9 +456,8 @@ def test_no_voice_and_no_sentence_is_in_two_subsets():
             codec.prepare("synthetic", home, [])
     for path in home.rglob("*.trans.txt"):
         subset, speaker = path.relative_to(home).parts[:2]
-        for line in path.read_text().splitlines():
-            for name in (speaker, line.split(" ", 1)[1]):
-                assert owner.setdefault(name, subset) == subset
+        for name in (speaker, *(line.split(" ", 1)[1] for line in path.read_text().splitlines())):
+            assert owner.setdefault(name, subset) == subset
     assert set(owner.values()) == {"train", "dev", "test"}
 
 
@@ -498,9 +496,8 @@ def test_three_layouts_are_read_as_one_corpus_and_no_name_leads_out_of_the_outpu
     for speaker in "a-1", "a-2":                        # whose files have the same names
         path = write(home / "libri/train" / speaker / "u-1.wav", 0.1 * noise(4000))
         path.with_name("a.trans.txt").write_text("u-1 HI\n")
-    long = f"{'ü' * 101} 0.2 LANG"
     (superb / "transcript_train.txt").write_text(
-        f"b 0.2 GUTEN TAG\n../b 0.2 RAUS\n\nkurz\n{long}\n", "utf-8")
+        f"b 0.2 GUTEN TAG\n../b 0.2 RAUS\n\nkurz\n{'ü' * 101} 0.2 LANG\n", "utf-8")
     good = {"audio_filepath": "c.wav", "text": "GRÜN", "lang": "de", "speaker": 0, "duration": "1"}
     bad = [{"speaker": "NO PATH"}, good | {"text": ""}, good | {"offset": 1.0, "duration": 0.1}]
     write_manifest(rows / "train.jsonl", good, *bad, *({"audio_filepath": n} for n in names[1:]))
@@ -606,6 +603,11 @@ def test_tokenizing_continues_after_an_interruption_and_after_a_wrong_command():
         write(home / "a.wav", noise(samples))
         tokenize(home / "new", *MEL, "--dev", "train", source=home)
         assert [row["frames"] for row in read_rows(home / "new/train.jsonl")] == [samples / 400]
+    os.truncate(home / "a.wav", 5000)
+    refused("can be used", tokenize, home / "new", *MEL, "--dev", "train", "--corpus", home)
+    with mock.patch.dict(codec.CORPORA, x=(corpus(), dict(train=[], dev=[], test=["dev", "test"]))):
+        (tokenize(home / "x", *MEL, source="x") / "test.jsonl").unlink()
+        assert (tokenize(home / "x", *MEL, source="x") / "test.jsonl").exists()
 
 
 def test_unreadable_audio_is_named_and_silence_gives_no_nan():
@@ -648,9 +650,9 @@ def test_batched_log_probs_equal_single():
             alone, length = model(tokens[i:i + 1, :n], token_len[i:i + 1])
             assert out_len[i] == length == -(-n // subsampling)
             close(log_probs[i, :out_len[i]], alone[0])
-        half, whole = model(tokens, token_len, halfway=True)[0]
+        half, whole = model(tokens, token_len, both=True)[0]
         model.feedback.bias.data += noise(144)          # which the second half of the blocks reads
-        other = model(tokens, token_len, halfway=True)[0]
+        other = model(tokens, token_len, both=True)[0]
         assert whole.equal(log_probs) and half.equal(other[0]) and not whole.equal(other[1])
         assert not model.train()(tokens, token_len)[0].equal(other[1])              # dropout
 
@@ -729,10 +731,9 @@ def test_an_epoch_takes_one_variant_of_each_utterance_that_ctc_can_align():
 def test_recognizer_learns_to_read_and_stores_its_mean_posterior_as_prior():
     log = read_rows(letter_asr().with_name("log.jsonl"))
     assert log[-1]["loss"] < 0.1 * log[0]["loss"] and log[-1]["dev_cer"] < 0.05
-    prior = torch.load(letter_asr(), weights_only=True)["log_prior"].exp()
     recognizer, data = Recognizer(letter_asr(), "cpu"), TokenSet(letters(), ["train"])
     probs = torch.cat([recognizer.log_probs(array)[0].exp() for array in data.arrays])
-    close(prior, probs.mean(0), 2e-3)
+    close(torch.load(letter_asr(), weights_only=True)["log_prior"].exp(), probs.mean(0), 2e-3)
 
 
 def test_tables_start_frozen_random_or_as_the_first_codebooks():
@@ -816,8 +817,7 @@ def test_reports_say_what_ran_where_and_test_subsets_alone_are_enough():
         report = read_json(made(evaluate, "--compare", asr.parent, asr) / "compare.json")
     found, again = report["runs"].values()
     assert found["bitrate"] == 0.75 * Codec.load(small_codec()).bitrate         # 3 of 4 codebooks
-    assert found["test"]["test"]["cer_minus_first"] == [0, 0]
-    assert again["test"]["test"]["cer_minus_first"] == [1, 1]
+    assert [run["test"]["test"]["cer_minus_first"] for run in (found, again)] == [[0, 0], [1, 1]]
     shutil.copytree(corpus() / "test", home / "test")
     tokens = tokenize(home / "tokens", source=home)
     refused("no train subset", made, train_asr, "--tokens", tokens)

@@ -9,13 +9,13 @@ out  runs/tokens/meta.json              codec (fingerprint and path), hop, Q, K,
 
     python tokenize_corpus.py                                     # after codec.py
     python tokenize_corpus.py --features mel --out runs/mel       # the log-mel baseline
-    python tokenize_corpus.py --corpus my-corpus --codec runs/mine/codec.pt --out runs/mine/tokens
+    python tokenize_corpus.py --corpus my-corpus --codec runs/my/codec/codec.pt --out runs/my/tokens
 
 my-corpus holds subsets train, dev and test in one of three layouts: LibriSpeech's folders;
 manifests such as train.jsonl, with a line {"audio_filepath": "a.wav", "text": "GUTEN TAG"} for each
 file, optionally with "lang" and "speaker"; or ML-SUPERB's <dataset>/<lang>/transcript_train.txt.
 Test subsets alone are enough for evaluate.py. The same command continues an interrupted run, and
-encodes recordings anew that have changed since.
+re-encodes recordings that have changed since.
 
 Legend: S samples, T token frames, Q codebooks, K codes, D feature size.
 Dhawan et al., arXiv 2407.03495, section 3: the recognizer never sees audio, only these files.
@@ -65,7 +65,8 @@ class Utterance(NamedTuple):
 
 def read_subset(folders: list[Path], subset: str) -> tuple[list[Utterance], list[str]]:
     """A subset, in any of the three layouts -> utterances, a message for each unusable one."""
-    kept, skipped = {}, []
+    kept = {}
+    skipped = []
     for folder in folders:
         if (folder / f"{subset}.jsonl").is_file():
             found = read_rows(folder / f"{subset}.jsonl", skipped)
@@ -166,7 +167,8 @@ class Noise:
     def __call__(self, wav: Tensor, item: Utterance) -> Tensor:
         """wav (S,) -> (S,)."""
         rng = np.random.default_rng([self.seed, *item.id.encode()])
-        kind, snr = self.kinds[rng.integers(len(self.kinds))], rng.uniform(*self.snr)
+        kind = self.kinds[rng.integers(len(self.kinds))]
+        snr = rng.uniform(*self.snr)
         if kind == "white":
             noise = torch.from_numpy(rng.standard_normal(len(wav))).float()
         elif kind == "pink":
@@ -247,7 +249,7 @@ class FrontEnd:
             self.encode = LogMel(mel_window(hop), hop, 80).to(device)
             self.meta |= {"codec": f"mel-{hop}", "dim": 80}
             return
-        # evaluate.py passes the relative path in meta.json: encodec may become ../../encodec.
+        # Only the name counts: evaluate.py may pass a relative path, such as ../../encodec.
         own = Path(codec_path).name != "encodec"
         codec = Codec.load(codec_path, device) if own else Encodec(device)
         self.encode = codec.encode if features == "tokens" else codec.latent
@@ -313,7 +315,7 @@ def with_copies(utterances: list[Utterance], args) -> list[Utterance]:
 
 def continue_folder(out: Path, meta: dict, args):
     """Raises ValueError if the folder holds tokens of another codec, corpus, noise or seed. A role
-    that this command does not name keeps the subsets that an earlier one gave it."""
+    that this command does not name keeps, in meta, the subsets that an earlier one gave it."""
     arrays = {*out.rglob("*.npy")} - {out / "codebooks.npy"}
     if not (out / "meta.json").exists() or not arrays:
         return
@@ -326,7 +328,8 @@ def continue_folder(out: Path, meta: dict, args):
                              f"give another --out, or delete it")
     for role in "train", "dev", "test":
         if not getattr(args, role):
-            listed = [name for name in before[role] if (out / f"{name}.jsonl").exists()]
+            listed = [name for name in before[role]
+                      if name in meta[role] or (out / f"{name}.jsonl").exists()]
             meta[role] = listed or meta[role]
 
 
@@ -339,12 +342,14 @@ def encode_subset(front_end: FrontEnd, utterances: list[Utterance], noise: Noise
     todo = [item for item in utterances
             if changed(folder / f"{item.id}.npy") < changed(item.audio)]
     loader = DataLoader(todo, batch_size=None, num_workers=workers,
-                        collate_fn=partial(read_utterance, noise))      # in the workers
+                        collate_fn=partial(read_utterance, noise))      # called in the workers
     for wav, item in zip(tqdm(loader, folder.name, disable=None), todo):
+        array = folder / f"{item.id}.npy"
         if isinstance(wav, str):
             tqdm.write(f"skipped: {wav}")
+            array.unlink(missing_ok=True)           # it is of an earlier recording
         else:
-            write_atomically(folder / f"{item.id}.npy", front_end(torch.from_numpy(wav)), np.save)
+            write_atomically(array, front_end(torch.from_numpy(wav)), np.save)
 
 
 def list_subset(out: Path, subset: str, utterances: list[Utterance], skipped: list[str],
@@ -373,9 +378,6 @@ def tokenize(args):
     device, rank, world = start_processes(args.device)
     out = Path(args.out)
     corpus = find_subsets(args.corpus, train=args.train, dev=args.dev, test=args.test)
-    if corpus["train"] and not corpus["dev"]:
-        raise ValueError(f"{', '.join(args.corpus)}: train_asr.py needs a dev subset beside "
-                         f"{', '.join(corpus['train'])}; name one with --dev")
     front_end = FrontEnd(args.features, args.codec, args.hop, str(device))
     meta = front_end.meta | {role: list(subsets) for role, subsets in corpus.items()} | {
         # Relative, so that the folders can move together; either may be behind a link.
@@ -383,6 +385,9 @@ def tokenize(args):
         "corpus": args.corpus, "speeds": args.speeds, "equalize": args.equalize,
         "noise": args.noise, "snr": args.snr, "copies": args.copies, "seed": args.seed}
     continue_folder(out, meta, args)
+    if meta["train"] and not meta["dev"]:
+        raise ValueError(f"{', '.join(args.corpus)}: train_asr.py needs a dev subset beside "
+                         f"{', '.join(meta['train'])}; name one with --dev")
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "meta.json", json.dumps(meta, indent=1))
@@ -457,9 +462,9 @@ def parse(arguments=None):
         parser.error("--features latent needs a codec of ours, not encodec")
     if (min(args.hop, args.copies) < 1 or args.equalize < 0
             or not all(0.1 <= speed <= 10 for speed in args.speeds)
-            or len({*args.speeds}) < len(args.speeds)):
+            or len({*args.speeds}) < len(args.speeds) or args.out in args.corpus):
         parser.error("--hop and --copies must be above 0, --equalize not below 0, --speeds between "
-                     "0.1 and 10, each once")
+                     "0.1 and 10, each once; --out cannot be a folder of --corpus")
     return args
 
 

@@ -6,7 +6,7 @@ out  runs/asr/asr.pt            the recognizer, in half precision: all that eval
      runs/asr/log.jsonl         one row per epoch
 
     python train_asr.py                                           # synthetic speech, a few minutes
-    python train_asr.py --tokens runs/mine/tokens --size small --epochs 30 --out runs/mine/asr
+    python train_asr.py --tokens runs/my/tokens --size small --epochs 30 --out runs/my/asr
 
 The log lines: `loss` is the CTC loss after the last block in nats per text unit, averaged over the
 epoch; `dev CER` and `dev WER` are error rates of greedy decoding. The line `dropped`, printed once,
@@ -102,7 +102,8 @@ class TokenSet:
 
     def __init__(self, folder: str | Path, subsets: list[str], codebooks: int = 0, copies=False):
         """codebooks: only the first N, 0 for all; copies: at other speeds and in noise, too."""
-        self.rows, self.arrays = [], []             # arrays: (T, Q) or (T, D) each
+        self.rows = []
+        self.arrays = []                            # (T, Q) or (T, D) each
         for subset in subsets:
             path = Path(folder) / f"{subset}.jsonl"
             if not path.is_file():
@@ -124,11 +125,12 @@ class TokenSet:
         return padded.to(device), lengths.to(device)
 
     def batches(self, which: Sequence, frames: int, rng=None) -> list[list[int]]:
-        """Groups of similar length, of at most `frames` padded frames or one longer utterance; with
-        rng in random order."""
+        """Groups of similar length, of at most `frames` padded frames, unless one utterance alone
+        is longer; with rng, in random order."""
         lengths = np.array([len(self.arrays[i]) for i in which])
         spread = rng.uniform(1, 1.1, len(lengths)) if rng else 1.0      # new neighbors every epoch
-        groups, longest = [[]], 0
+        groups = [[]]
+        longest = 0
         for number in np.argsort(lengths * spread, kind="stable"):
             longest = max(longest, lengths[number])
             if groups[-1] and (len(groups[-1]) + 1) * longest > frames:
@@ -154,10 +156,12 @@ class TrainSet(TokenSet):
             raise ValueError(f"{args.tokens}: no train subset; give tokenize_corpus.py a --train")
         super().__init__(args.tokens, meta["train"], args.codebooks, copies=True)
         self.seed = args.seed
-        self.frames = round(args.batch * meta["sample_rate"] / meta["hop"])     # of a batch
+        self.batch_frames = round(args.batch * meta["sample_rate"] / meta["hop"])
         self.units = SentencePieceProcessor(model_proto=units or train_units(self.rows, args))
-        self.targets, self.out_len, dropped = [], [], []
-        # Utterance: numbers of its clean variants, which differ in speed, and of its noisy ones.
+        self.targets = []
+        self.out_len = []
+        dropped = []
+        # {original: (numbers of its clean variants, at any speed, and of its noisy ones)}
         self.variants = {}
         for i, row in enumerate(self.rows):
             text = f"<|{row['lang']}|> {row['text']}" if args.lang_token else row["text"]
@@ -179,13 +183,14 @@ class TrainSet(TokenSet):
 
     def epoch(self, number: int, strength: float) -> list[list[int]]:
         """Batches of utterance numbers, the same for the same seed and epoch."""
-        rng, picked = np.random.default_rng((self.seed, number)), []
+        rng = np.random.default_rng((self.seed, number))
+        picked = []
         for clean, noisy in self.variants.values():
             wants_noise = rng.random() < NOISY_SHARE * strength
             picked.append(rng.choice(noisy if noisy and wants_noise else clean or noisy))
         # The first epoch goes from short to long: CTC finds its first alignments there (Deep
         # Speech 2, arXiv 1512.02595, section 3.3).
-        return self.batches(picked, self.frames, rng if number else None)
+        return self.batches(picked, self.batch_frames, rng if number else None)
 
 
 # -------------------------------------------------------------------------------------- optimizer
@@ -219,7 +224,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose steps are made orthogonal: all directions of a matrix learn equally fast.
 
     Jordan et al., 2024 (kellerjordan.github.io/posts/muon). torch.optim.Muon takes the matrices one
-    by one, and always in bfloat16; on a CPU without bfloat16, that takes two thirds of a step.
+    by one, and always in bfloat16; on a CPU without it, that takes two thirds of a step's time.
     """
 
     def __init__(self, matrices: Iterable[nn.Parameter], lr: float):
@@ -270,7 +275,8 @@ def build_model(flags: dict, meta: dict, vocab_size: int) -> CodecASR:
 def start_model(args, meta: dict, data: TrainSet) -> CodecASR:
     """A new model, the same in all processes, its tables as --embedding says."""
     torch.manual_seed(args.seed)
-    model, tables = build_model(vars(args), meta, len(data.units)), None
+    model = build_model(vars(args), meta, len(data.units))
+    tables = None
     if meta["codebooks"]:
         tables = torch.from_numpy(np.load(Path(args.tokens) / "codebooks.npy", allow_pickle=False))
         if args.embedding == "random":      # each codebook keeps its mean and deviation
@@ -290,9 +296,10 @@ def start_model(args, meta: dict, data: TrainSet) -> CodecASR:
 def ctc_loss(net: nn.Module, data: TrainSet, group: list[int], device: torch.device) -> Tensor:
     """(2,): nats, summed over the group's utterances; after half of the blocks, and after all."""
     tokens, token_len = data.take(group, device)
-    targets, dtype = [data.targets[i] for i in group], fast_dtype(device)
+    targets = [data.targets[i] for i in group]
+    dtype = fast_dtype(device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        log_probs, _ = net(tokens, token_len, halfway=True)             # (2, B, T', V)
+        log_probs, _ = net(tokens, token_len, both=True)                # (2, B, T', V)
     if device.type == "mps":                        # for which torch has no CTC
         log_probs = log_probs.cpu()
     # The lengths stay on the CPU: fetched from a GPU, they would make each step wait for it.
@@ -318,7 +325,8 @@ def outputs(model: CodecASR, data: TokenSet, which: Sequence,
 
 def dev_error_rates(model: CodecASR, dev: TokenSet, units, frames: int) -> dict:
     """WER and CER of greedy decoding; language tokens do not count as text."""
-    refs, hyps = [], []
+    refs = []
+    hyps = []
     for number, log_probs in outputs(model, dev, range(len(dev.rows)), 2 * frames):
         refs.append(dev.rows[number]["text"])
         hyps.append(split_language(greedy(units, log_probs))[1])
@@ -332,7 +340,7 @@ def unit_prior(model: CodecASR, data: TrainSet, which: list[int]) -> Tensor:
     power of it, because its language model already knows how frequent words are.
     """
     total = sum(log_probs.exp().sum(0)
-                for _, log_probs in outputs(model, data, which, data.frames))
+                for _, log_probs in outputs(model, data, which, data.batch_frames))
     return (total / total.sum()).log()
 
 
@@ -378,7 +386,8 @@ def resume_recognizer(path: Path, args, meta: dict) -> dict | None:
 
 def train(args):
     device, rank, world = start_processes(args.device)
-    meta, out = read_meta(args.tokens), Path(args.out)
+    meta = read_meta(args.tokens)
+    out = Path(args.out)
     if not meta["codebooks"]:               # log-mel, or the codec's latent
         defaults = parse([])
         for name in "embedding", "aggregate", "codebooks", "codebook_masks", "replace":
@@ -388,13 +397,14 @@ def train(args):
     codec = Path(args.tokens) / meta["codec_path"]
     meta["codec_path"] = os.path.relpath(codec.resolve(), out.resolve())
     saved = resume_recognizer(out / "resume.pt", args, meta)
-    # "text" is the sentencepiece model, in published files, too.
+    # "text" holds the sentencepiece model, as in published files.
     data = TrainSet(args, meta, saved["text"] if saved else None)
     dev = TokenSet(args.tokens, meta["dev"], args.codebooks)
     model = start_model(args, meta, data).to(device)
     optimizers = make_optimizers(model, args)
     log = saved["log"] if saved else []
-    first, step = len(log), log[-1]["step"] if log else 0
+    first = len(log)
+    step = log[-1]["step"] if log else 0
     if saved:
         model.load_state_dict(saved["model"])
         for optimizer, values in zip(optimizers, saved["optimizers"]):
@@ -406,13 +416,14 @@ def train(args):
         print(f"recognizer: {parameters:.1f} M parameters, {len(data.units)} {args.units} units; "
               f"{len(data.variants)} utterances, {len(data.rows)} with copies; epoch "
               f"{first} of {args.epochs} on {device}", data.notes, sep="\n")
-    # One batch of long utterances shows now whether memory is large enough: the last but one of the
-    # sorted epoch 0, as the last may be a small remainder.
+    # One batch of long utterances shows now whether memory is large enough: the second to last of
+    # the sorted epoch 0, as the last may be a small remainder.
     ctc_loss(model, data, data.epoch(0, 1.0)[-2:][0][::world], device).sum().backward()
     model.zero_grad()
 
     for epoch in range(first, args.epochs):
-        began, losses = time.time(), []
+        began = time.time()
+        losses = []
         groups = data.epoch(epoch, ramp(step, args))
         # A warm-up of fewer than 1,000 steps can leave CTC where it starts, predicting nothing but
         # blanks; short runs take that risk.
@@ -430,15 +441,15 @@ def train(args):
             parts = world if len(group) >= world else 1
             mine = group[rank % parts::parts]
             num_units = sum(len(data.targets[i]) for i in group)
-            halfway, whole = ctc_loss(net, data, mine, device) / num_units * parts
-            (0.3 * halfway + 0.7 * whole).backward()            # these weights were not tuned
+            early, late = ctc_loss(net, data, mine, device) / num_units * parts
+            (0.3 * early + 0.7 * late).backward()               # these weights were not tuned
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
-                for part in optimizer.param_groups:
-                    part["lr"] = part["peak"] * rate
+                for parameters in optimizer.param_groups:
+                    parameters["lr"] = parameters["peak"] * rate
                 optimizer.step()
                 optimizer.zero_grad()
-            losses.append(whole.detach())
+            losses.append(late.detach())
             step += 1
 
         loss = torch.stack(losses).mean() / world       # averaged over processes, too
@@ -452,7 +463,7 @@ def train(args):
         speech = sum(data.rows[i]["duration"] for group in groups for i in group)
         row = {"epoch": epoch + 1, "step": step, "loss": loss.item(),
                "speech_per_second": speech / (time.time() - began)}
-        row |= dev_error_rates(model, dev, data.units, data.frames)
+        row |= dev_error_rates(model, dev, data.units, data.batch_frames)
         print("epoch {epoch} | step {step} | loss {loss:.3f} | dev CER {dev_cer:.1%} | dev WER "
               "{dev_wer:.1%} | {speech_per_second:.0f} s of speech per second".format(**row),
               flush=True)

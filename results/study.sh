@@ -7,8 +7,8 @@
 # The variable TEST names other test subsets:
 #     TEST="test-clean test-other" bash results/study.sh mini
 #
-# Except for headline, plain, quick and lang, all runs are `tiny`, last 12 epochs unless their
-# name says otherwise, and use no masks. Older runs (runs/old in study.json) used ten time masks of
+# Except for headline, plain, quick and lang, all runs are `tiny`, last 12 epochs unless stated
+# otherwise, and use no masks. Older runs (runs/old in study.json) used ten time masks of
 # up to 5% of an utterance, four codebook masks and two feature masks, without self-conditioned CTC:
 # they cannot be repeated exactly.
 set -euo pipefail
