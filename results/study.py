@@ -81,7 +81,6 @@ bits               4,096 codes in each codebook     runs/study/4096            r
 bits               80 frames per second             runs/study/80hz            runs/study/baseline
 bits               log-mel                          runs/study/log-mel         -
 codec steps        none: random filters             runs/study/untrained       runs/study/baseline
-codec steps        1, BatchNorm not settled         runs/study/steps-1         runs/study/baseline
 codec steps        1,500                            runs/study/steps-1500      runs/study/baseline
 codec steps        3,000                            runs/study/steps-3000      runs/study/baseline
 codec steps        12,000                           runs/study/steps-12000     runs/study/baseline

@@ -181,11 +181,6 @@ untrained)      # 95: a codec of random filters; its codebooks and BatchNorm hav
     tokens untrained runs/study/codec-untrained
     asr untrained runs/study/tokens-untrained
     ;;
-steps-1)        # 85: a codec of one training step, whose BatchNorm has not settled
-    codec steps-1 --steps 1
-    tokens steps-1 runs/study/codec-steps-1
-    asr steps-1 runs/study/tokens-steps-1
-    ;;
 steps-1500)     # 95: a codec of 1,500 steps, with a schedule of this length
     codec steps-1500 --steps 1500
     tokens steps-1500 runs/study/codec-steps-1500
@@ -259,6 +254,26 @@ half)           # 0: half FOLDER makes a subset test-half of our speakers in its
     ;;
 content)        # 5: what each codebook reveals
     python -m results.study content runs/study/baseline runs/study/fsq --test test-clean
+    ;;
+loss)           # 3: CTC loss on training and test speech; after headline and headline-mel
+    python - runs/headline/asr runs/headline/asr-mel <<'END'
+import sys
+import torch
+from torch.nn.functional import ctc_loss
+from evaluate import Recognizer
+from train_asr import TokenSet
+for path in sys.argv[1:]:
+    run = Recognizer(path)
+    for subset in "train-clean-5", "test-clean":
+        data, nats, letters = TokenSet(run.flags["tokens"], [subset]), 0, 0
+        for row, array in [*zip(data.rows, data.arrays)][::8]:
+            target = torch.tensor(run.units.encode(row["text"]))
+            log_probs = run.log_probs(array).transpose(0, 1)        # (T', 1, V)
+            lengths = [len(log_probs)], [len(target)]
+            nats += ctc_loss(log_probs, target[None], *lengths, reduction="sum").item()
+            letters += len(target)
+        print(f"{path}, {subset}: {nats / letters:.3f} nats per letter")
+END
     ;;
 sound)          # 10: STOI and PESQ of decoded speech; needs pip install pystoi pesq, and fsq
     mkdir -p runs/adversarial
