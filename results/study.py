@@ -59,7 +59,7 @@ quick run          log-mel                          runs/quick/masks-mel       -
 input              tokens: against log-mel          runs/study/baseline        runs/study/log-mel
 input              log-mel                          runs/study/log-mel         -
 input              latent instead of tokens         runs/study/latent          runs/study/baseline
-input              log-mel, 80 Hz to 40             runs/study/log-mel-80      runs/study/log-mel
+input              log-mel of 80 Hz: against 40 Hz  runs/study/log-mel-80      runs/study/log-mel
 embedding tables   start as codebooks               runs/study/baseline        -
 embedding tables   codebooks, never trained         runs/study/frozen          runs/study/baseline
 embedding tables   start as shuffled codebooks      runs/study/shuffled        runs/study/baseline
