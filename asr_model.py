@@ -221,7 +221,7 @@ class CodecASR(nn.Module):
             self.embedding.tables.copy_(tables[:self.num_codebooks].flatten(0, 1))
             emb = self.embedding(sample[None], torch.ones(1, *sample.shape))[0]
         self.mean.copy_(emb.mean(0))
-        # The floor keeps dimensions small that hardly vary.
+        # Dimensions that hardly vary stay small.
         deviation = emb.std(0).clamp(min=0.1 * emb.std())
         # With "stack", one deviation serves all dimensions: RVQ's last codebooks are small and
         # carry little.

@@ -160,7 +160,7 @@ class TimeEncoder(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, wav: Tensor) -> Tensor:
-        y = self.down(4 * wav[:, None])         # recordings are quiet: this makes the deviation 0.3
+        y = self.down(4 * wav[:, None])         # from quiet recordings to a deviation of about 0.3
         y = self.norm(y.mT).mT                  # over C
         return self.top(y)
 
@@ -670,7 +670,7 @@ def train(args):
             if args.adversarial:
                 if step % 3 < 2:        # the discriminator learns in two of every three steps
                     optimize(discriminator_loss(discriminator_net, wav, made), optimizers[1], lr)
-                # Without DistributedDataParallel: these gradients are the codec's.
+                # Without DistributedDataParallel, as the discriminator does not learn from these.
                 losses |= generator_losses(discriminator, wav, made)
             total = sum(WEIGHTS[name] * value for name, value in losses.items())
             optimize(total, optimizers[0], lr)

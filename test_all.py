@@ -650,10 +650,10 @@ def test_batched_log_probs_equal_single():
             alone, length = model(tokens[i:i + 1, :n], token_len[i:i + 1])
             assert out_len[i] == length == -(-n // subsampling)
             close(log_probs[i, :out_len[i]], alone[0])
-        half, whole = model(tokens, token_len, both=True)[0]
+        early, late = model(tokens, token_len, both=True)[0]
         model.feedback.bias.data += noise(144)          # which the second half of the blocks reads
         other = model(tokens, token_len, both=True)[0]
-        assert whole.equal(log_probs) and half.equal(other[0]) and not whole.equal(other[1])
+        assert late.equal(log_probs) and early.equal(other[0]) and not late.equal(other[1])
         assert not model.train()(tokens, token_len)[0].equal(other[1])              # dropout
 
 

@@ -347,7 +347,7 @@ def encode_subset(front_end: FrontEnd, utterances: list[Utterance], noise: Noise
         array = folder / f"{item.id}.npy"
         if isinstance(wav, str):
             tqdm.write(f"skipped: {wav}")
-            array.unlink(missing_ok=True)           # it is of an earlier recording
+            array.unlink(missing_ok=True)           # that of an earlier recording
         else:
             write_atomically(array, front_end(torch.from_numpy(wav)), np.save)
 
