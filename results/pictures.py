@@ -45,7 +45,8 @@ def draw(path: Path):
                              "Mel distance of codecs on training speech, lower is better"),
         "content": draw_lines(rows("content", "content"), revealed, "codebook", "bits",
                               "What the code of each codebook reveals"),
-        "languages": draw_languages(rows("runs", "languages")),
+        "languages": draw_lines(rows("runs", "languages"), languages, CER, "",
+                                "Error rate by language, lower is better"),
         "questions": draw_questions(report.get("runs", {})),
     }
     for name, fig in figures.items():
@@ -75,15 +76,18 @@ def draw_lines(rows, points, xlabel, ylabel, title):
             panels.setdefault(panel, {}).setdefault(key, []).append((x, y))
     if sum(len(line) for lines in panels.values() for line in lines.values()) < 2:
         return None
-    fig, axes = canvas(title, 5 + 1.5 * len(panels), 5, len(panels))
+    fig, axes = canvas(title, 5 + 1.5 * len(panels), 11 if points == languages else 5, len(panels))
     colors, legend = {}, {}             # of each label
     for axis, (panel, lines) in zip(axes, panels.items()):
         for (label, _), line in lines.items():
             color = colors.setdefault(label, COLORS[len(colors) % len(COLORS)])
-            (legend[label],) = axis.plot(*zip(*sorted(line)), "o-", color=color)
+            style = "o" if points == languages else "o-"
+            (legend[label],) = axis.plot(*zip(*sorted(line)), style, color=color)
         axis.set(title=panel, xlabel=xlabel)
         if points == learning:
             axis.xaxis.get_major_locator().set_params(integer=True)
+        if points == languages:
+            axis.grid(axis="y")
         if points == noise:
             axis.set_xticks([0, 10, 20, CLEAN], ["0", "10", "20", "clean"])
     axes[0].set_ylabel(ylabel)
@@ -127,28 +131,16 @@ def noise(run):
             yield kind, CLEAN, 100 * run["test"][test["subset"]]["cer"]
 
 
-# ----------------------------------------------------------------------------------------- others
+def languages(run):
+    """A dot for each language: of several tests, the first one counts."""
+    for test in run["test"].values():
+        if "cer_by_language" in test:
+            for language, cer in test["cer_by_language"].items():
+                yield "", 100 * cer, language
+            return
 
-def draw_languages(rows):
-    """The CER of each language in two runs, the first ones of the first two labels."""
-    found = {}
-    for _, label, run, _ in rows:
-        for test in run["test"].values():
-            if "cer_by_language" in test:
-                found.setdefault(label.split(":")[0], test["cer_by_language"])
-    if len(found) < 2:
-        return None
-    fig, (axis,) = canvas("Error rate by language, lower is better", 7, 11)
-    first, *_ = found.values()
-    languages = sorted(first, key=first.get)
-    for (label, cers), color in zip(found.items(), COLORS[:2]):
-        percent = [100 * cers[lang] for lang in languages]
-        axis.plot(percent, languages, "o", color=color, label=label)
-    axis.set(xlabel=CER, ylim=(-1, len(languages)))
-    axis.grid(axis="y")
-    axis.legend()
-    return fig
 
+# -------------------------------------------------------------------------------------- questions
 
 def draw_questions(runs):
     """The difference of each run from its reference, in CER on test-clean; seeds below each other.
