@@ -7,11 +7,11 @@ The embedding is the paper's idea: Q tables that start as the codec's codebooks,
 to the quantized latent. Codes that sound alike therefore start with similar embeddings.
 
 Legend: B utterances, T token frames, T' = T / subsampling rounded up, Q codebooks, K codes, D width
-of the embedding (of a codebook, or of Q side by side), C model width, H heads, V text units,
+of the embedding (in TokenEmbedding, of one codebook), C model width, H heads, V text units,
 N frames of a sample. In the blocks, T stands for T'.
 
-Dhawan et al., arXiv 2407.03495, section 3. Conformer: Gulati et al., arXiv 2005.08100; to train it
-with CTC is our choice. Rotary positions: Su et al., arXiv 2104.09864. Self-conditioned CTC:
+Dhawan et al., arXiv 2407.03495, section 3. Conformer: Gulati et al., arXiv 2005.08100; training
+it with CTC is our choice. Rotary positions: Su et al., arXiv 2104.09864. Self-conditioned CTC:
 Nozaki and Komatsu, arXiv 2104.02724.
 """
 
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 # Width, number of blocks, and dropout: in short runs of `tiny`, 0.1 raised the error rate.
 SIZES = {"tiny": (96, 4, 0.0), "small": (144, 6, 0.1), "base": (256, 12, 0.1)}
-HEADS, KERNEL = 4, 15       # attention heads; kernel size of the depthwise convolution
+HEADS = 4           # of the attention
+KERNEL = 15         # size of the depthwise convolution
 
 
 def real_steps(steps: int, lengths: Tensor) -> Tensor:
@@ -77,11 +78,12 @@ class Augment:
         uniform = 2 * torch.rand_like(emb) - 1                                  # deviation 3^-0.5
         emb = emb + 3 ** 0.5 * self.noisy_embedding * self.strength * uniform
         widest = (token_len / 20).clamp(max=self.longest_mask)
-        hidden = self.spans(steps, token_len, self.time_masks, widest).any(1)       # (B, T)
+        # Not any(1), which on Apple's GPUs leaves the result of no masks undefined.
+        hidden = self.spans(steps, token_len, self.time_masks, widest).sum(1) > 0       # (B, T)
         emb = emb.masked_fill(hidden[:, :, None], 0.0)
         # The same along D, where every utterance is `width` long.
         widths = torch.full_like(token_len, width)
-        hidden = self.spans(width, widths, self.feature_masks, widths / 3).any(1)       # (B, D)
+        hidden = self.spans(width, widths, self.feature_masks, widths / 3).sum(1) > 0   # (B, D)
         return emb.masked_fill(hidden[:, None], 0.0)
 
 
@@ -92,7 +94,8 @@ class TokenEmbedding(nn.Module):
 
     def __init__(self, num_codebooks: int, codebook_size: int, dim: int, aggregate: str):
         super().__init__()
-        self.aggregate, self.codebook_size = aggregate, codebook_size
+        self.aggregate = aggregate
+        self.codebook_size = codebook_size
         self.tables = nn.Parameter(torch.randn(num_codebooks * codebook_size, dim))  # (Q * K, D)
         offset = torch.arange(num_codebooks) * codebook_size
         self.register_buffer("offset", offset, persistent=False)
@@ -165,10 +168,12 @@ class ConformerBlock(nn.Module):
 
     def __init__(self, width: int, dropout: float):
         super().__init__()
-        self.before, self.after = feed_forward(width), feed_forward(width)
+        self.before = feed_forward(width)
+        self.after = feed_forward(width)
         self.attention = Attention(width)
         self.convolution = Convolution(width)
-        self.norm, self.drop = nn.LayerNorm(width), nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(width)
+        self.drop = nn.Dropout(dropout)
 
     def forward(self, y: Tensor, real: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """y (B, T, C), real (B, T) -> (B, T, C)."""

@@ -16,8 +16,9 @@ The log lines: `mel` is the distance between log-mel spectrograms of speech and 
 `wave` the mean absolute difference of the waveforms, `quantizer` RVQ's distance from the latent to
 its codes, or FSQ's penalty on correlated dimensions. `usage` is the share of the codes that
 occurred since the last line, `perplexity` the number of equally frequent codes with the same
-entropy. With --adversarial, `adversarial` falls as the discriminator mistakes more reconstructions
-for speech, and `matching` as its layers respond more alike to both.
+entropy; both are means over the codebooks. With --adversarial, `adversarial` falls as the
+discriminator mistakes more reconstructions for speech, and `matching` as its layers respond more
+alike to both.
 
 wav (B, S) -> encoder -> latent (B, D, T) -> quantizer -> tokens (B, Q, T) -> decoder -> wav (B, S)
 Legend: B utterances, S samples, T token frames, D latent size, Q codebooks, K codes in each,
@@ -69,7 +70,8 @@ SIZES = {"tiny": (16, 128, 128, 2), "small": (32, 192, 256, 4), "base": (64, 384
 # ---------------------------------------------------------------------------------------- encoders
 
 def conv(channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> nn.Module:
-    """T steps in give T / stride steps out. The kernel shrinks by one where padding needs it."""
+    """T steps in give T / stride steps out. The kernel shrinks by one where both
+    sides could not be padded alike."""
     kernel -= (kernel - stride) % 2
     return nn.Conv1d(channels_in, channels_out, kernel, stride, padding=(kernel - stride) // 2)
 
@@ -160,7 +162,7 @@ class TimeEncoder(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, wav: Tensor) -> Tensor:
-        y = self.down(4 * wav[:, None])         # from quiet recordings to a deviation of about 0.3
+        y = self.down(4 * wav[:, None])         # lifts quiet recordings to a deviation of about 0.3
         y = self.norm(y.mT).mT                  # over C
         return self.top(y)
 
@@ -223,7 +225,7 @@ class Codec(nn.Module):
         tokens = codec.encode(wav)          # (B, S) -> (B, Q, T), T = ceil(S / hop)
         wav = codec.decode(tokens)          # (B, Q, T) -> (B, T * hop)
 
-    All wavs in a call must have the same length: encode recordings one by one, and no padding can
+    All wavs in a call must have the same length. Encode recordings one by one: then no padding can
     change a token.
     """
     sample_rate = SAMPLE_RATE
@@ -360,7 +362,8 @@ class Discriminator(nn.Module):
 
 
 def generator_losses(discriminator: Discriminator, wav: Tensor, made: Tensor) -> dict[str, Tensor]:
-    """Least-squares GAN loss, and feature matching: means over resolutions and layers."""
+    """Least-squares GAN loss, and feature matching: means over resolutions and layers. made is
+    the reconstruction of wav, both (B, S)."""
     with torch.no_grad():
         real = discriminator(wav)
     scores = []
@@ -391,7 +394,7 @@ def write_atomically(path: Path, data, save: Callable = write_text):
     temporary = path.with_name(f".part-{path.name}")
     try:
         save(temporary, data)
-    except (RuntimeError, TypeError) as error:          # torch's on a full disk; soundfile's
+    except (RuntimeError, TypeError) as error:          # torch: full disk; soundfile: file ending
         raise ValueError(f"{path}: cannot be written ({error})")
     temporary.replace(path)
 
@@ -435,7 +438,7 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
 
 
 def check_same_flags(path: Path, flags: dict, args):
-    """A run resumes only with the flags that it began with, which its checkpoint in path holds;
+    """A run resumes only with the flags that it began with, which the checkpoint at path holds;
     but --steps and --epochs may grow, and --out, --tokens and --device may change."""
     for name, before in flags.items():
         now = vars(args)[name]
@@ -446,8 +449,8 @@ def check_same_flags(path: Path, flags: dict, args):
 
 
 def flag_group(parser: ArgumentParser, title: str) -> Callable:
-    """-> add(name, default, text), for the flags of a group. A flag has the type of its default;
-    a list takes several words."""
+    """-> add(name, default, text, **more), for the flags of a group. A flag has the type of its
+    default; a list takes several words, of the type in `more`."""
     group = parser.add_argument_group(title)
 
     def add(name, default, text, **more):
@@ -505,7 +508,7 @@ def run_stage(stage: Callable, args):
         stage(args)
         if dist.is_initialized():
             dist.destroy_process_group()
-    except (ValueError, OverflowError, OSError) as error:
+    except (ValueError, OverflowError, OSError, torch.OutOfMemoryError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("\ninterrupted: files already written are kept; repeat the command to continue",
@@ -547,7 +550,7 @@ class Crops:
 def start_codebooks(codec: Codec, crops: Crops):
     """RVQ's k-means on the untrained encoder's latent of the first crops: eight frames per code.
 
-    Every process encodes the same crops; DistributedDataParallel then copies those of process 0.
+    Every process encodes the same crops; DistributedDataParallel then copies process 0's codebooks.
     """
     frames = crops.batch * crops.length // codec.hop                        # per step
     steps = -(-8 * codec.quantizer.codebook_size // frames)
@@ -644,7 +647,7 @@ def train(args):
         start_codebooks(codec, crops)
     if decoder_only:                    # tokens and fingerprint stay as they are
         codec.encoder.eval().requires_grad_(False)
-        codec.quantizer.learning = False
+        codec.quantizer.learning = False            # GroupFSQ never learns
     if world > 1:
         nets = [nn.parallel.DistributedDataParallel(net) for net in nets]
     codec_net, discriminator_net = nets
@@ -682,7 +685,7 @@ def train(args):
                 log.append({"step": done} | log_row(recent, codec))
                 recent.clear()
                 if rank == 0:
-                    tqdm.write(" | ".join(f"{key} {value:.4g}" for key, value in log[-1].items()))
+                    tqdm.write(" | ".join(f"{key} {value:.6g}" for key, value in log[-1].items()))
                     state = {"kind": "codec", "config": codec.config, "flags": vars(args),
                              "decoder_only": decoder_only, "step": done, "log": log,
                              "model": codec.state_dict()}
@@ -771,11 +774,11 @@ def read_audio(path: str | Path, seconds: float = math.inf, at: float = 0.0) -> 
 
 
 def check_wav_size(path: str | Path):
-    """libsndfile reads a truncated WAV as a shorter recording."""
+    """Raises ValueError for a truncated WAV, which libsndfile reads as a shorter recording."""
     with open(path, "rb") as file:
         kind = file.read(4)
         size = int.from_bytes(file.read(4), "little")
-    # Programs that stream a WAV may write a size of 2 GiB or more.
+    # Programs that stream a WAV may write a size of about 2 GiB or more.
     if kind == b"RIFF" and os.path.getsize(path) < 0.9 * size and size < 0x7f000000:
         raise ValueError(f"truncated: its header says {size} bytes")
 
@@ -851,7 +854,7 @@ def audio_files(subsets: dict) -> list[Path]:
 
 
 def find_audio(folder: Path, subset: str) -> list[Path]:
-    """The audio files that the subset's manifest names, or ML-SUPERB's lists, or that lie in the
+    """The audio files that the subset's manifest or ML-SUPERB's lists name, or else those in the
     subset's own folder. An empty list if there is no such subset."""
     manifest = folder / f"{subset}.jsonl"
     if manifest.is_file():
@@ -864,7 +867,7 @@ def find_audio(folder: Path, subset: str) -> list[Path]:
 
 
 def files_below(folder: Path, endings=AUDIO) -> list[Path]:
-    """Files with these endings in a folder and in its folders, sorted; links are followed."""
+    """Files with these endings in a folder and all below it, sorted; links are followed."""
     walk = os.walk(folder, followlinks=True)
     return sorted(Path(root, name) for root, _, names in walk for name in names
                   if name.lower().endswith(endings))
@@ -879,7 +882,7 @@ def read_lines(path: Path) -> list[list[str]]:
 def read_manifest(path: Path) -> tuple:
     """JSON lines with at least audio_filepath -> rows, and a message for each line that lacks it.
 
-    Raises ValueError when no line has it.
+    Raises ValueError when there are lines, but none has it.
     """
     rows = []
     skipped = []
@@ -932,7 +935,9 @@ def parse(arguments=None):
     add("--adversarial", False,
         "add a discriminator, for better sound; on a finished codec: train its decoder alone")
     add = flag_group(parser, "listening")
-    add("--reconstruct", None, "encode and decode one audio file", nargs=2, metavar=("IN", "OUT"))
+    add("--reconstruct", None,
+        "encode and decode one audio file, an hour in 6 GB of memory; OUT: .wav, .flac or .mp3",
+        nargs=2, metavar=("IN", "OUT"))
     add("--codec", "runs/codec/codec.pt", "the codec that --reconstruct uses")
     add_common_flags(parser, "runs/codec")
 

@@ -18,7 +18,7 @@ From Python:
 WER, CER: word and character error rate, (substitutions + deletions + insertions) / length.
 Intervals: 95%, by a bootstrap that resamples speakers, or utterances where there are fewer than
 five speakers. With few speakers they are too narrow: in a simulation, they contained the truth in
-94 of 100 cases with 20 speakers, in 83 with 5.
+94 of 100 cases with 20 speakers, in 83 with 5 speakers.
 Legend: T token frames, Q codebooks, D feature size, T' output frames, V text units, N utterances.
 """
 
@@ -48,8 +48,7 @@ from codec import (SAMPLE_RATE, LogMel, add_common_flags, files_below, flag_grou
                    load_checkpoint, pick_device, read_audio, refuse_idle, run_stage,
                    write_atomically)
 from tokenize_corpus import FrontEnd, Noise, Utterance
-from train_asr import (TokenSet, build_model, check_same_tokens, greedy, read_meta,
-                       split_language)
+from train_asr import TokenSet, build_model, check_same_tokens, greedy, read_meta, split_language
 
 
 # ------------------------------------------------------------------------------------ recognizing
@@ -84,7 +83,8 @@ class Recognizer:
         self.model.to(self.device).eval()
         # codec_path is relative to the checkpoint.
         self.codec = codec or self.path.parent / self.meta["codec_path"]
-        # Subtracted before a beam search (see unit_prior), where the checkpoint has it.
+        # A log prior, subtracted before a beam search, as the language model has its own (see
+        # unit_prior). Older checkpoints lack it.
         self.prior = prior_weight * saved.get("log_prior", torch.zeros(len(self.units)))
         self.beam_search = lm and beam_search(self.units, lm, beam, lm_weight, word_score)
 
@@ -102,8 +102,9 @@ class Recognizer:
         It is read in pieces of 50 seconds, each with five more on both sides as context.
         """
         factor = self.flags["subsampling"]
-        second = round(self.meta["sample_rate"] / self.meta["hop"] / factor)
-        piece, context = 50 * second, 5 * second    # output frames; times factor: input frames
+        per_second = round(self.meta["sample_rate"] / self.meta["hop"] / factor)
+        piece = 50 * per_second         # output frames; times factor: input frames
+        context = 5 * per_second
         array = array[None, :, :self.flags["codebooks"] or None].to(self.device)
         parts = []
         for start in range(0, -(-array.shape[1] // factor), piece):
@@ -118,7 +119,6 @@ class Recognizer:
         log_probs = self.log_probs(tokens)
         if not self.beam_search:
             return greedy(self.units, log_probs[0])
-        # The prior is subtracted, as the language model has its own (see unit_prior).
         rest = log_probs - self.prior
         words = []
         while rest.shape[1]:
@@ -139,11 +139,11 @@ class Recognizer:
 
 def beam_search(units: SentencePieceProcessor, lm: str, beam: int, lm_weight: float,
                 word_score: float):
-    """torchaudio's beam search over the words of an ARPA language model, as it is or gzipped.
+    """torchaudio's beam search over the words of an ARPA language model, plain or gzipped.
 
     Words are spelled in the recognizer's text units. In each frame only the ten likeliest units
-    continue a hypothesis, and hypotheses that score 20 less than the best are dropped: both make
-    room for a wider beam.
+    continue a hypothesis, and hypotheses that score more than 20 below the best are dropped:
+    both make room for a wider beam.
     """
     try:
         from torchaudio.models.decoder import ctc_decoder
@@ -171,8 +171,8 @@ def arpa_words(lm: str) -> list[str]:
     """The words that an ARPA file lists as its 1-grams."""
     if not Path(lm).is_file():
         raise ValueError(f"--lm {lm}: no such file")
-    opened = gzip.open if str(lm).endswith(".gz") else open
-    with opened(lm, "rt", encoding="utf-8", errors="replace") as arpa:
+    opener = gzip.open if str(lm).endswith(".gz") else open
+    with opener(lm, "rt", encoding="utf-8", errors="replace") as arpa:
         unigrams = itertools.takewhile(lambda line: not line.startswith("\\2-grams"), arpa)
         try:
             return re.findall(r"^\S+\t(\S+)", "".join(unigrams), re.MULTILINE)
@@ -247,7 +247,7 @@ def interval(rates: np.ndarray) -> list[float]:
 
 # ----------------------------------------------------------------------------------------- picture
 
-def plot_utterance(recognizer: Recognizer, audio: Path, text: str, path: Path):
+def plot_utterance(recognizer: Recognizer, audio: Path, text: str, picture: Path):
     """Waveform, log-mel, and tokens with the text units read from them, on a shared time axis."""
     try:
         from matplotlib.figure import Figure
@@ -273,9 +273,9 @@ def plot_utterance(recognizer: Recognizer, audio: Path, text: str, path: Path):
     for axis, label in zip(axes, ("amplitude", "mel band", recognizer.meta["features"])):
         axis.set(ylabel=label, xlim=(0, end))
     axes[2].set_xlabel("seconds")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path)
-    print(f"wrote {path}")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(picture)
+    print(f"wrote {picture}")
 
 
 # ----------------------------------------------------------------------------------------- reports
@@ -319,7 +319,7 @@ def conditions(run: Recognizer, data: TokenSet, args) -> Iterator[tuple]:
     """-> kind of noise, signal-to-noise ratio, arrays of the utterances: first without noise."""
     yield None, None, data.arrays
     items = [Utterance(**{name: row[name] for name in Utterance._fields if name in row})
-             for row in data.rows]                  # older folders lack equalize
+             for row in data.rows]          # older folders lack equalize; audio is a str here
     for kind, snr in itertools.product(args.noise, args.snr):
         noise = Noise([kind], [snr, snr], items, args.seed)
         yield kind, snr, [torch.from_numpy(run.front_end(noise(read_audio(item.audio), item)))
@@ -393,7 +393,9 @@ def evaluate(args):
 
 def transcribe(args):
     """Print what is said in each file; with --plots, draw it too."""
-    recognizer, files, failed = load(args.asr, args), [], 0
+    recognizer = load(args.asr, args)
+    files = []
+    failed = 0
     recognizer.front_end                # a codec that does not fit is reported once, now
     for path in map(Path, args.audio):
         files += files_below(path) if path.is_dir() else [path]
@@ -422,15 +424,16 @@ def parse(arguments=None):
     add("--tokens", None, "folder of tokens, if not those the recognizer was trained on")
     add("--compare", [],
         "recognizers or their folders: one table of all, against the first", metavar="RUN")
-    add("--noise", [], "also evaluate in noise: white, pink, babble, or folders of audio")
+    add("--noise", [],
+        "also evaluate in noise: white, pink, babble, or folders of audio; reads the recordings")
     add("--snr", [20.0, 10.0, 0.0], "signal-to-noise ratios in dB", type=float)
     add("--audio", [], "transcribe these files and folders instead")
     add("--codec", None, "codec for --audio and --noise, if the one that --asr names has moved")
     add("--plots", False,
         "also draw each file of --audio, with its tokens and letters (needs matplotlib)")
     add = flag_group(parser, "beam search with a language model")
-    add("--lm", None, "word language model in ARPA format, plain or gzipped, which writes no "
-        "language tokens; greedy without")
+    add("--lm", None, "word language model in ARPA format, plain or gzipped; it writes no language "
+        "tokens; without one, decoding is greedy")
     add("--beam", 500, "hypotheses kept")
     add("--lm-weight", 3.0, "weight of the language model")
     add("--word-score", 0.0, "added for every word")
@@ -440,8 +443,7 @@ def parse(arguments=None):
 
     args = parser.parse_args(arguments)
     if args.audio:
-        refuse_idle(parser, args, "with --audio", "test", "tokens", "compare", "noise",
-                    "seed")
+        refuse_idle(parser, args, "with --audio", "test", "tokens", "compare", "noise", "seed")
         if not args.plots:
             refuse_idle(parser, args, "with --audio, without --plots", "out")
     else:

@@ -6,9 +6,9 @@ out  tokens (B, Q, T)     Q integers per frame, and the quantized latent that th
 Legend: B utterances, D latent size, T token frames, Q codebooks, K codes in each, N = B * T frames,
 d numbers in a group of FSQ. In the code, `y.mT` is y with its last two axes swapped.
 
-Both satisfy one invariant, on which the recognizer's embedding relies: `codebooks()` returns a
-tensor (Q, K, D), and the quantized latent of a frame is the SUM over q of row `tokens[q]` of
-codebook q.
+Both quantizers satisfy one invariant, on which the recognizer's embedding relies: `codebooks()`
+returns a tensor (Q, K, D), and the quantized latent of a frame is the SUM over q of row `tokens[q]`
+of codebook q.
 
 RVQ: SoundStream, arXiv 2107.03312, section III-C.  FSQ: Mentzer et al., arXiv 2309.15505.
 Both as inputs of a speech recognizer: Dhawan et al., arXiv 2407.03495, section 2.
@@ -53,8 +53,9 @@ class ResidualVQ(nn.Module):
     # A code is dead when its use is below this share of uniform use. With decay 0.97, a code that
     # is no longer used falls below it after 53 steps; with the usual 0.99 and 0.03 after 350.
     dead_below = 0.2
-    # Share of the training utterances quantized with only the first n codebooks, n random, so that
-    # the first n alone are a valid codec of a lower bitrate (SoundStream, section III-C).
+    # Share of the training utterances quantized with only the first n codebooks, n random from 1
+    # to Q, so that the first n alone are a valid codec of a lower bitrate (SoundStream, section
+    # III-C).
     dropout = 0.5
     learning = True     # False: frozen, while a decoder learns alone (codec.py --adversarial)
 
@@ -74,7 +75,7 @@ class ResidualVQ(nn.Module):
     def forward(self, latent: Tensor) -> Quantized:
         """latent (B, D, T) -> Quantized. In training, the codebooks learn from it.
 
-        Call `initialize` before training: a codebook of zeros would begin as dead codes.
+        Call `initialize` before training: of codes that all begin at zero, most would not be used.
         """
         batch, _, time = latent.shape
         frames = latent.float().mT.flatten(0, 1)                            # (N, D)
@@ -121,9 +122,9 @@ class ResidualVQ(nn.Module):
     def random_depth(self, batch: int) -> Tensor:
         """How many codebooks each utterance uses; outside training, all of them: (B,)."""
         device = self.embed.device
-        fewer = torch.randint(1, self.num_codebooks + 1, (batch,), device=device)
+        drawn = torch.randint(1, self.num_codebooks + 1, (batch,), device=device)
         hit = torch.rand(batch, device=device) < self.dropout * self.training
-        return torch.where(hit, fewer, self.num_codebooks)
+        return torch.where(hit, drawn, self.num_codebooks)
 
     @torch.no_grad()
     def initialize(self, frames: Tensor):
@@ -135,8 +136,8 @@ class ResidualVQ(nn.Module):
         residual = frames
         for level in range(self.num_codebooks):
             picked = torch.randint(len(residual), (self.codebook_size,), device=residual.device)
-            # A little noise separates centers that began on the same frame.
             centers = residual[picked]                                      # (K, D)
+            # A little noise separates centers that began on the same frame.
             centers += 0.01 * residual.std() * torch.randn_like(centers)
             for _ in range(10):
                 index = nearest(residual, centers)
@@ -164,7 +165,7 @@ class ResidualVQ(nn.Module):
             dist.all_reduce(total)
         if not count.any():
             return                      # no utterance of this batch uses the level
-        uniform = count.mean()  # in units of uniform use, so that every step has the same weight
+        uniform = count.mean()      # the unit of the counts, so that steps have the same weight
         self.ema_count[level].lerp_(count / uniform, 1 - self.decay)
         self.ema_sum[level].lerp_(total / uniform, 1 - self.decay)
 
@@ -181,7 +182,7 @@ class ResidualVQ(nn.Module):
         # it was (espnet issue 6284).
         self.ema_count[level, dead] = 1.0
         self.ema_sum[level, dead] = moved[dead]
-        self.embed[level] = self.ema_sum[level] / self.ema_count[level][:, None]
+        self.embed[level] = self.ema_sum[level] / self.ema_count[level, :, None]
 
 
 # ------------------------------------------------------------------------------------------- FSQ
@@ -256,8 +257,8 @@ class GroupFSQ(nn.Module):
 
 
 def redundancy(latent: Tensor) -> Tensor:
-    """Squared correlation between different dimensions of the latent, summed over the pairs and
-    divided by D * D: (B, D, T) -> ().
+    """Squared correlation between different dimensions of the latent, summed over the ordered
+    pairs and divided by D * D: (B, D, T) -> ().
 
     Without this term, FSQ's groups become redundant: 8 of 32 principal components held most of
     the variance. No published recipe that we know of has this term.

@@ -918,7 +918,7 @@ def test_scripts_end_bad_input_and_ctrl_c_with_one_line():
             (train_asr, "without a language", "--tokens", letters(), "--lang-token"),
             (train_asr, "no effect on mel", "--tokens", tokens_with_copies(), "--replace", 0.1),
             (train_asr, "at least 0", "--time-masks", -1), (train_asr, "above 0", "--epochs", 0),
-            (tokenize_corpus, "each once", *MEL, "--speeds", 2, 2),
+            (tokenize_corpus, "a folder of --corpus", *MEL, "--corpus", os.path.relpath(lost)),
             (evaluate, "trained on codec", "--asr", asr, "--tokens", letters()),
             (evaluate, "on codec", "--asr", asr, "--codec", other, "--audio", corpus(), "--plots")):
         refused(what, run, stage, *flags, "--out", lost)

@@ -15,7 +15,8 @@ my-corpus holds subsets train, dev and test in one of three layouts: LibriSpeech
 manifests such as train.jsonl, with a line {"audio_filepath": "a.wav", "text": "GUTEN TAG"} for each
 file, optionally with "lang" and "speaker"; or ML-SUPERB's <dataset>/<lang>/transcript_train.txt.
 Test subsets alone are enough for evaluate.py. The same command continues an interrupted run, and
-re-encodes recordings that have changed since.
+re-encodes recordings that were written since. Where older files have taken their place, as when a
+link or a manifest points elsewhere, give another --out.
 
 Legend: S samples, T token frames, Q codebooks, K codes, D feature size.
 Dhawan et al., arXiv 2407.03495, section 3: the recognizer never sees audio, only these files.
@@ -156,8 +157,11 @@ class Noise:
     """
 
     def __init__(self, kinds: list[str], snr: list[float], speech: list[Utterance], seed: int):
-        """kinds: white, pink, babble or folders; snr: LOW HIGH in dB; speech: babble mixes it."""
-        self.kinds, self.snr, self.speech, self.seed = kinds, sorted(snr), speech, seed
+        """kinds: white, pink, babble or folders; snr: LOW HIGH in dB; speech: what babble mixes."""
+        self.kinds = kinds
+        self.snr = sorted(snr)
+        self.speech = speech
+        self.seed = seed
         self.files = {kind: files_below(Path(kind)) for kind in kinds}
         for kind, files in self.files.items():
             if not files and kind not in ("white", "pink", "babble"):
@@ -225,7 +229,9 @@ class Encodec:
                              f"network to fetch its weights")
         model.set_target_bandwidth(6.0)
         self.model = model.to(device).eval()
-        self.sample_rate, self.bitrate, self.fingerprint = model.sample_rate, 6000, "encodec-24khz"
+        self.sample_rate = model.sample_rate
+        self.bitrate = 6000
+        self.fingerprint = "encodec-24khz"
         self.hop = math.prod(model.encoder.ratios)
 
     def codebooks(self) -> Tensor:
@@ -242,7 +248,8 @@ class FrontEnd:
 
     def __init__(self, features: str, codec_path: str | Path, hop: int, device: str):
         """features: tokens, latent or mel; hop: for mel only, as a codec has its own."""
-        self.features, self.device = features, device
+        self.features = features
+        self.device = device
         self.meta = {"features": features, "sample_rate": SAMPLE_RATE, "hop": hop,
                      "codebooks": 0, "codebook_size": 0, "bitrate": 0}
         if features == "mel":
@@ -270,7 +277,7 @@ class FrontEnd:
 
 
 def read_utterance(noise: Noise, item: Utterance) -> np.ndarray | str:
-    """-> wav (S,), at its speed and with its noise, or why it cannot be read.
+    """-> wav (S,), at its speed, equalized and in its noise, or why it cannot be read.
 
     An array, because a tensor in transit between processes makes Ctrl-C end in a traceback.
     """
@@ -288,8 +295,8 @@ def read_utterance(noise: Noise, item: Utterance) -> np.ndarray | str:
 
 
 def equalize(wav: Tensor, decibels: float, rng: np.random.Generator) -> Tensor:
-    """As if through another microphone: wav (S,) with a random gain in each octave, normal with a
-    deviation in dB, and straight lines between octaves. It begins up to 25 ms later, so that frames
+    """As if through another microphone: wav (S,) with a random gain in each octave, normal with
+    this deviation in dB, and linear in between. It begins up to 25 ms later, so that frames
     fall elsewhere."""
     wav = wav[rng.integers(min(400, len(wav))):]
     length = math.ceil(len(wav) / 4000) * 4000          # of which Fourier transforms are fast
@@ -301,21 +308,20 @@ def equalize(wav: Tensor, decibels: float, rng: np.random.Generator) -> Tensor:
 
 
 def with_copies(utterances: list[Utterance], args) -> list[Utterance]:
-    """The utterances, and their copies at other speeds, equalized or not, and in noise."""
+    """The utterances, and their copies: at other speeds, equalized if so asked, and in noise."""
     copies = []
     for item in utterances:
         for speed in args.speeds:
-            copies.append(item._replace(id=f"{item.id}-speed{speed:g}", copy_of=item.id,
-                                        speed=speed, duration=item.duration / speed,
-                                        equalize=args.equalize))
+            copies += [item._replace(id=f"{item.id}-speed{speed:g}", copy_of=item.id, speed=speed,
+                                     duration=item.duration / speed, equalize=args.equalize)]
         for number in range(args.copies if args.noise else 0):
-            copies.append(item._replace(id=f"{item.id}.noise{number}", copy_of=item.id, noisy=True))
+            copies += [item._replace(id=f"{item.id}.noise{number}", copy_of=item.id, noisy=True)]
     return utterances + copies
 
 
 def continue_folder(out: Path, meta: dict, args):
-    """Raises ValueError if the folder holds tokens of another codec, corpus, noise or seed. A role
-    that this command does not name keeps, in meta, the subsets that an earlier one gave it."""
+    """Raises ValueError if the folder holds tokens that were made otherwise. A role that this
+    command does not name keeps, in meta, the subsets that an earlier one gave it."""
     arrays = {*out.rglob("*.npy")} - {out / "codebooks.npy"}
     if not (out / "meta.json").exists() or not arrays:
         return
@@ -335,8 +341,8 @@ def continue_folder(out: Path, meta: dict, args):
 
 def encode_subset(front_end: FrontEnd, utterances: list[Utterance], noise: Noise, folder: Path,
                   workers: int):
-    """Write folder/<id>.npy for each utterance, unless there is one that is newer than its audio,
-    and say what cannot be read."""
+    """Write folder/<id>.npy for each utterance that has none, or whose audio has changed since, and
+    say what cannot be read."""
     folder.mkdir(parents=True, exist_ok=True)
     changed = lambda path: path.stat().st_ctime if path.exists() else 0     # as in `ls -lc`
     todo = [item for item in utterances
@@ -344,12 +350,12 @@ def encode_subset(front_end: FrontEnd, utterances: list[Utterance], noise: Noise
     loader = DataLoader(todo, batch_size=None, num_workers=workers,
                         collate_fn=partial(read_utterance, noise))      # called in the workers
     for wav, item in zip(tqdm(loader, folder.name, disable=None), todo):
-        array = folder / f"{item.id}.npy"
+        path = folder / f"{item.id}.npy"
         if isinstance(wav, str):
             tqdm.write(f"skipped: {wav}")
-            array.unlink(missing_ok=True)           # that of an earlier recording
+            path.unlink(missing_ok=True)            # that of an earlier recording
         else:
-            write_atomically(array, front_end(torch.from_numpy(wav)), np.save)
+            write_atomically(path, front_end(torch.from_numpy(wav)), np.save)
 
 
 def list_subset(out: Path, subset: str, utterances: list[Utterance], skipped: list[str],
@@ -370,7 +376,7 @@ def list_subset(out: Path, subset: str, utterances: list[Utterance], skipped: li
     print(f"{subset}: {len(rows)} utterances and copies, {hours:.2f} hours")
     save_skipped(out / f"{subset}.skipped.txt", [*dict.fromkeys(skipped)])
     if not rows:
-        raise ValueError(f"{subset}: nothing that can be used; see {out / subset}.skipped.txt")
+        raise ValueError(f"{subset}: nothing that can be used; see {out}/{subset}.skipped.txt")
     write_rows(out / f"{subset}.jsonl", rows)
 
 
@@ -427,7 +433,7 @@ def parse(arguments=None):
         "synthetic, mini-librispeech, librispeech, or folders, read as one corpus",
         type=os.path.normpath)
     add("--train", [], "subsets to train on, if not the usual ones", type=os.path.normpath)
-    add("--dev", [], "subsets to watch training on, likewise", type=os.path.normpath)
+    add("--dev", [], "subsets to measure progress on, likewise", type=os.path.normpath)
     add("--test", [], "subsets to evaluate on, likewise", type=os.path.normpath)
     add = flag_group(parser, "input of the recognizer")
     add("--codec", "runs/codec/codec.pt", "a trained codec, or encodec")
@@ -462,9 +468,9 @@ def parse(arguments=None):
         parser.error("--features latent needs a codec of ours, not encodec")
     if (min(args.hop, args.copies) < 1 or args.equalize < 0
             or not all(0.1 <= speed <= 10 for speed in args.speeds)
-            or len({*args.speeds}) < len(args.speeds) or args.out in args.corpus):
+            or os.path.realpath(args.out) in map(os.path.realpath, args.corpus)):
         parser.error("--hop and --copies must be above 0, --equalize not below 0, --speeds between "
-                     "0.1 and 10, each once; --out cannot be a folder of --corpus")
+                     "0.1 and 10; --out cannot be a folder of --corpus")
     return args
 
 

@@ -10,7 +10,8 @@ out  runs/asr/asr.pt            the recognizer, in half precision: all that eval
 
 The log lines: `loss` is the CTC loss after the last block in nats per text unit, averaged over the
 epoch; `dev CER` and `dev WER` are error rates of greedy decoding. The line `dropped`, printed once,
-counts training utterances and copies that CTC cannot align, or that last more than a minute.
+counts training utterances and copies that have no text, that CTC cannot align with theirs, or that
+last more than a minute.
 
 Legend: B utterances, T token frames, T' output frames, Q codebooks, D feature size, V text units.
 Dhawan et al., arXiv 2407.03495, section 3. Everything that training needs from the codec is in the
@@ -176,20 +177,20 @@ class TrainSet(TokenSet):
                 (noisy if row["noisy"] else clean).append(i)
             else:
                 dropped.append(row["id"])
-        self.notes = (f"dropped: {len(dropped)} utterances and copies with too few frames for "
-                      f"their text, or longer than {LONGEST:g} s {dropped[:3] or ''}")
+        self.notes = (f"dropped: {len(dropped)} utterances and copies without text, with too few "
+                      f"frames for it, or longer than {LONGEST:g} s {dropped[:3] or ''}")
         if not self.variants:
             raise ValueError(f"{args.tokens}: nothing to train on; {self.notes}")
 
     def epoch(self, number: int, strength: float) -> list[list[int]]:
-        """Batches of utterance numbers, the same for the same seed and epoch."""
+        """Batches of utterance numbers, the same for the same seed, epoch and strength."""
         rng = np.random.default_rng((self.seed, number))
         picked = []
         for clean, noisy in self.variants.values():
             wants_noise = rng.random() < NOISY_SHARE * strength
             picked.append(rng.choice(noisy if noisy and wants_noise else clean or noisy))
-        # The first epoch goes from short to long: CTC finds its first alignments there (Deep
-        # Speech 2, arXiv 1512.02595, section 3.3).
+        # The first epoch goes from short to long: CTC finds its first alignments in short ones
+        # (Deep Speech 2, arXiv 1512.02595, section 3.3).
         return self.batches(picked, self.batch_frames, rng if number else None)
 
 
@@ -198,7 +199,9 @@ class TrainSet(TokenSet):
 def make_optimizers(model: CodecASR, args) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for the rest; each group of parameters keeps its
     peak learning rate as `peak`."""
-    matrices, tables, others = [], [], []
+    matrices = []
+    tables = []
+    others = []
     for name, parameter in model.named_parameters():
         if "blocks" in name and parameter.ndim == 2:
             matrices.append(parameter)
@@ -256,8 +259,8 @@ def orthogonal(y: Tensor) -> Tensor:
     y = y / (y.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = y @ y.mT
-        gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        y = torch.baddbmm(y, gram, y, beta=3.4445)
+        mixed = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        y = torch.baddbmm(y, mixed, y, beta=3.4445)
     return y
 
 
@@ -412,8 +415,8 @@ def train(args):
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        parameters = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"recognizer: {parameters:.1f} M parameters, {len(data.units)} {args.units} units; "
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"recognizer: {millions:.1f} M parameters, {len(data.units)} {args.units} units; "
               f"{len(data.variants)} utterances, {len(data.rows)} with copies; epoch "
               f"{first} of {args.epochs} on {device}", data.notes, sep="\n")
     # One batch of long utterances shows now whether memory is large enough: the second to last of
@@ -436,8 +439,9 @@ def train(args):
             # Reseed, so that a resumed run draws the same numbers.
             torch.manual_seed((args.seed * 1_000_000 + step) * world + rank)
 
-            # Each process takes a part of the group, but all take the whole of a small one. DDP
-            # averages the gradients of the parts, where their sum is needed: hence `* parts`.
+            # Each process takes a part of the group, but all take the whole of a small one.
+            # DistributedDataParallel averages the gradients of the parts, where their sum is
+            # needed: hence `* parts`.
             parts = world if len(group) >= world else 1
             mine = group[rank % parts::parts]
             num_units = sum(len(data.targets[i]) for i in group)

@@ -102,6 +102,12 @@ baseline)       # 80: what the others are compared with
 log-mel)        # 75: log-mel instead of tokens
     asr log-mel runs/mini/mel
     ;;
+equalized)      # 70: equalized copies, as those of the headline
+    asr equalized runs/mini/tokens-eq
+    ;;
+equalized-mel)  # 70: the same on log-mel
+    asr equalized-mel runs/mini/mel-eq
+    ;;
 log-mel-80)     # 85: log-mel of 80 frames per second, as inside the codec, subsampled to 40
     python tokenize_corpus.py "${mini[@]}" --features mel --hop 200 \
         --out runs/study/tokens-log-mel-80
