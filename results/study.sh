@@ -51,7 +51,7 @@ seeds() {       # RUN, TOKENS, flags: seed 0 in RUN, seed 1 in RUN-1
     seed 1 "$1-1" "${@:2}"
 }
 headline() {    # NAME, TOKENS: the headline in runs/headline/NAME, scored with the LM, too
-    seed 0 "runs/headline/$1" "$2" --size small --epochs 26
+    seed 0 "runs/headline/$1" "$2" --size small --epochs 32
     python evaluate.py --asr "runs/headline/$1" --lm $lm --out "runs/headline/$1/eval-lm"
 }
 asr() {         # NAME, TOKENS, flags: the study's recognizer, in runs/study/NAME and NAME-1
@@ -75,12 +75,12 @@ mini)           # 45: codec, tokens and log-mel that most runs below use
     python tokenize_corpus.py "${mini[@]}" --codec runs/mini/codec/codec.pt --out runs/mini/tokens
     python tokenize_corpus.py "${mini[@]}" --features mel --out runs/mini/mel
     ;;
-headline)       # 130: the headline, on tokens
+headline)       # 160: the headline, on tokens
     python tokenize_corpus.py "${mini[@]}" --equalize 5 --codec runs/mini/codec/codec.pt \
         --out runs/mini/tokens-eq
     headline asr runs/mini/tokens-eq
     ;;
-headline-mel)   # 130: the headline, on log-mel
+headline-mel)   # 155: the headline, on log-mel
     python tokenize_corpus.py "${mini[@]}" --equalize 5 --features mel --out runs/mini/mel-eq
     headline asr-mel runs/mini/mel-eq
     ;;
