@@ -85,7 +85,7 @@ class Recognizer:
         self.codec = codec or self.path.parent / self.meta["codec_path"]
         # A log prior, subtracted before a beam search, as the language model has its own (see
         # unit_prior). Older checkpoints lack it.
-        self.prior = prior_weight * saved.get("log_prior", torch.zeros(len(self.units)))
+        self.log_prior = prior_weight * saved.get("log_prior", torch.zeros(len(self.units)))
         self.beam_search = lm and beam_search(self.units, lm, beam, lm_weight, word_score)
 
     @cached_property
@@ -119,7 +119,7 @@ class Recognizer:
         log_probs = self.log_probs(tokens)
         if not self.beam_search:
             return greedy(self.units, log_probs[0])
-        rest = log_probs - self.prior
+        rest = log_probs - self.log_prior
         words = []
         while rest.shape[1]:
             end = rest.shape[1]

@@ -862,7 +862,7 @@ def test_beam_search_writes_words_of_the_language_model_that_the_weights_favor()
             ("MAN RED", "common", doubt, {}, 0), ("MAN CAT", "common", doubt, {"lm_weight": 0}, 0),
             ("MAN RED", "rare", doubt, {"lm_weight": 0.0}, 5)):
         recognizer = Recognizer(letter_asr(), "cpu", home / lm, **more)
-        recognizer.prior[units.piece_to_id("A")] += prior
+        recognizer.log_prior[units.piece_to_id("A")] += prior
         recognizer.log_probs = lambda tokens: log_probs
         assert recognizer.recognize(None) == text, (lm, more, prior)
     for path in letters() / "meta.json", home / "lost", home / "cut.gz", home / "no.gz":

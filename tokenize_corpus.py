@@ -260,8 +260,8 @@ class FrontEnd:
         own = Path(codec_path).name != "encodec"
         codec = Codec.load(codec_path, device) if own else Encodec(device)
         self.encode = codec.encode if features == "tokens" else codec.latent
-        self.codebooks = codec.codebooks().cpu().numpy()                    # (Q, K, D)
-        number, size, dim = self.codebooks.shape
+        self.tables = codec.codebooks().cpu().numpy()                       # (Q, K, D)
+        number, size, dim = self.tables.shape
         self.meta |= {"codec": codec.fingerprint, "sample_rate": codec.sample_rate,
                       "hop": codec.hop, "dim": dim}
         if features == "tokens":
@@ -398,7 +398,7 @@ def tokenize(args):
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "meta.json", json.dumps(meta, indent=1))
         if args.features == "tokens":
-            write_atomically(out / "codebooks.npy", front_end.codebooks, np.save)
+            write_atomically(out / "codebooks.npy", front_end.tables, np.save)
 
     for role, subsets in corpus.items():
         for subset, folders in subsets.items():

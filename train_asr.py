@@ -434,7 +434,7 @@ def train(args):
         for number, group in enumerate(tqdm(groups, f"epoch {epoch + 1}/{args.epochs}", leave=False,
                                             disable=True if rank else None)):
             progress = (epoch + number / len(groups)) / args.epochs
-            rate = share_of_peak(step, progress, warmup)
+            share = share_of_peak(step, progress, warmup)
             model.augment.strength = ramp(step, args)
             # Reseed, so that a resumed run draws the same numbers.
             torch.manual_seed((args.seed * 1_000_000 + step) * world + rank)
@@ -450,7 +450,7 @@ def train(args):
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 for parameters in optimizer.param_groups:
-                    parameters["lr"] = parameters["peak"] * rate
+                    parameters["lr"] = parameters["peak"] * share
                 optimizer.step()
                 optimizer.zero_grad()
             losses.append(late.detach())
