@@ -50,17 +50,17 @@ headline           tokens: against log-mel          runs/headline/asr          r
 headline           log-mel                          runs/headline/asr-mel      -
 recipe             22 epochs, unequalized, tokens   runs/plain/asr             runs/headline/asr
 recipe             22 epochs, unequalized, log-mel  runs/plain/asr-mel         runs/headline/asr-mel
-recipe             equalized copies, tokens         runs/study/equalized       runs/study/baseline
-recipe             equalized copies, log-mel        runs/study/equalized-mel   runs/study/log-mel
 recipe             the older one, tokens            runs/old/headline          runs/plain/asr
 recipe             the older one, log-mel           runs/old/headline-mel      runs/plain/asr-mel
+equalized copies   tokens: against plain copies     runs/study/equalized       runs/study/baseline
+equalized copies   log-mel: against plain copies    runs/study/equalized-mel   runs/study/log-mel
+equalized copies   tokens: against log-mel          runs/study/equalized       runs/study/equalized-mel
 README's run       tokens                           runs/quick/asr             -
 README's run       log-mel: against tokens          runs/quick/asr-mel         runs/quick/asr
 quick run          tokens: against log-mel          runs/quick/masks           runs/quick/masks-mel
 quick run          log-mel                          runs/quick/masks-mel       -
 input              tokens: against log-mel          runs/study/baseline        runs/study/log-mel
 input              log-mel                          runs/study/log-mel         -
-input              equalized: against log-mel       runs/study/equalized       runs/study/equalized-mel
 input              latent instead of tokens         runs/study/latent          runs/study/baseline
 input              log-mel of 80 Hz: against 40 Hz  runs/study/log-mel-80      runs/study/log-mel
 embedding tables   start as codebooks               runs/study/baseline        -
