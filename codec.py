@@ -619,7 +619,7 @@ def train(args):
                   args.size).to(device)
     discriminator = Discriminator().to(device)
     mel_distance = MelDistance().to(device)
-    # At least two frames, for BatchNorm, and 512 samples, the largest hop of MelDistance.
+    # At least two frames, for BatchNorm, and 512 samples, the largest hop of MelDistance: 2048 / 4.
     frames = max(2, math.ceil(512 / codec.hop), round(args.crop * codec.frame_rate))
     crops = Crops(files, args.seed, frames * codec.hop, args.batch)
     dev_crops = Crops(dev, 0, 100 * codec.hop, 32)          # 2.5 s each at 40 Hz

@@ -348,7 +348,8 @@ def evaluate(args):
         if not subsets:
             raise ValueError(f"{folder}: has no test subset; name another one with --test")
         bitrate = run.meta["bitrate"] * run.model.num_codebooks / max(1, run.meta["codebooks"])
-        if args.noise:                  # a typo, or a codec that is missing, is reported now
+        if args.noise:
+            # A typo in the kinds, or a codec that is missing, is reported now.
             Noise(args.noise, args.snr, [], args.seed)
             run.front_end
         out.mkdir(parents=True, exist_ok=True)          # fails here, not after hours

@@ -333,7 +333,7 @@ def continue_folder(out: Path, meta: dict, args):
             raise ValueError(f"{out} holds tokens with {name} {before[name]}, not {meta[name]}: "
                              f"give another --out, or delete it")
     for role in "train", "dev", "test":
-        if not getattr(args, role):
+        if not getattr(args, role):     # then meta has the usual subsets, as far as they exist
             listed = [name for name in before[role]
                       if name in meta[role] or (out / f"{name}.jsonl").exists()]
             meta[role] = listed or meta[role]
@@ -402,7 +402,7 @@ def tokenize(args):
 
     for role, subsets in corpus.items():
         for subset, folders in subsets.items():
-            if subset not in meta[role]:        # an earlier command named others
+            if subset not in meta[role]:        # continue_folder kept those of an earlier command
                 continue
             utterances, skipped = read_subset(folders, subset)
             noise = Noise(args.noise, args.snr, utterances, args.seed)
