@@ -312,10 +312,11 @@ def with_copies(utterances: list[Utterance], args) -> list[Utterance]:
     copies = []
     for item in utterances:
         for speed in args.speeds:
-            copies += [item._replace(id=f"{item.id}-speed{speed:g}", copy_of=item.id, speed=speed,
-                                     duration=item.duration / speed, equalize=args.equalize)]
+            copies.append(item._replace(id=f"{item.id}-speed{speed:g}", copy_of=item.id,
+                                        speed=speed, duration=item.duration / speed,
+                                        equalize=args.equalize))
         for number in range(args.copies if args.noise else 0):
-            copies += [item._replace(id=f"{item.id}.noise{number}", copy_of=item.id, noisy=True)]
+            copies.append(item._replace(id=f"{item.id}.noise{number}", copy_of=item.id, noisy=True))
     return utterances + copies
 
 
