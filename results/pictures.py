@@ -179,7 +179,7 @@ def draw_questions(runs):
             name.set_weight("bold")
     axis.set(xlim=(None, FAR), ylim=(len(names), -1))
     fig.supxlabel("points of character error rate (test-clean) more than the reference, which is\n"
-                  "RVQ tokens of the mel encoder unless a row says otherwise (recipe: the next newer\n"
-                  "one): left is better. Lines: 95% intervals, one for each seed.\n"
+                  "RVQ tokens of the mel encoder unless a row says otherwise (recipe: the next\n"
+                  "newer one). Left is better. Lines: 95% intervals, one for each seed.\n"
                   f"Gray: two seeds differ by up to {max(apart):.1f}.", size=12)
     return fig

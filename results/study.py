@@ -54,7 +54,7 @@ recipe             the older one, tokens            runs/old/headline          r
 recipe             the older one, log-mel           runs/old/headline-mel      runs/plain/asr-mel
 equalized copies   tokens: against plain copies     runs/study/equalized       runs/study/baseline
 equalized copies   log-mel: against plain copies    runs/study/equalized-mel   runs/study/log-mel
-equalized copies   tokens: against log-mel          runs/study/equalized       runs/study/equalized-mel
+equalized copies   tokens: against log-mel          runs/study/equalized    runs/study/equalized-mel
 README's run       tokens                           runs/quick/asr             -
 README's run       log-mel: against tokens          runs/quick/asr-mel         runs/quick/asr
 quick run          tokens: against log-mel          runs/quick/masks           runs/quick/masks-mel
