@@ -69,19 +69,19 @@ noise() {       # TOKENS, RUN ...: in noise, on every fourth utterance
 }
 
 case ${1-} in
-mini)           # 45: codec, tokens and log-mel that most runs below use
+mini)           # 57: codec, tokens and log-mel that most runs below use, also of equalized copies
     python codec.py --corpus mini-librispeech --steps 6000 --batch 16 \
         --out runs/mini/codec
     python tokenize_corpus.py "${mini[@]}" --codec runs/mini/codec/codec.pt --out runs/mini/tokens
     python tokenize_corpus.py "${mini[@]}" --features mel --out runs/mini/mel
-    ;;
-headline)       # 160: the headline, on tokens
     python tokenize_corpus.py "${mini[@]}" --equalize 5 --codec runs/mini/codec/codec.pt \
         --out runs/mini/tokens-eq
+    python tokenize_corpus.py "${mini[@]}" --equalize 5 --features mel --out runs/mini/mel-eq
+    ;;
+headline)       # 150: the headline, on tokens
     headline asr runs/mini/tokens-eq
     ;;
-headline-mel)   # 155: the headline, on log-mel
-    python tokenize_corpus.py "${mini[@]}" --equalize 5 --features mel --out runs/mini/mel-eq
+headline-mel)   # 150: the headline, on log-mel
     headline asr-mel runs/mini/mel-eq
     ;;
 plain)          # 150: the same with copies that are not equalized; on one core of an AMD EPYC
@@ -102,10 +102,10 @@ baseline)       # 80: what the others are compared with
 log-mel)        # 75: log-mel instead of tokens
     asr log-mel runs/mini/mel
     ;;
-equalized)      # 70: equalized copies, as those of the headline
+equalized)      # 60: equalized copies, as those of the headline
     asr equalized runs/mini/tokens-eq
     ;;
-equalized-mel)  # 70: the same on log-mel
+equalized-mel)  # 55: the same on log-mel
     asr equalized-mel runs/mini/mel-eq
     ;;
 log-mel-80)     # 85: log-mel of 80 frames per second, as inside the codec, subsampled to 40
