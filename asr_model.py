@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Width, number of blocks, and dropout: in short runs of `tiny`, 0.1 raised the error rate.
+# Width, number of blocks, dropout. In short runs of `tiny`, dropout raised the error rate.
 SIZES = {"tiny": (96, 4, 0.0), "small": (144, 6, 0.1), "base": (256, 12, 0.1)}
 HEADS = 4           # of the attention
 KERNEL = 15         # size of the depthwise convolution
@@ -44,7 +44,7 @@ class Augment:
     replace: float = 0.0            # share of tokens replaced by random codes
     # Standard deviation of the noise on the embedding, as a share of the embedding's own. NEFTune
     # (arXiv 2310.05914) draws from -a to a, with a = alpha / sqrt(T * D), whose deviation is
-    # a / sqrt(3): with T = 400 and D = 32, 0.3 is an alpha of 59.
+    # a / sqrt(3): with T = 400 and D = 128, 0.3 is an alpha of 118.
     noisy_embedding: float = 0.0
     strength: float = 1.0           # 0 to 1: the curriculum's ramp over all of the above
 
@@ -70,7 +70,8 @@ class Augment:
         hidden = self.spans(steps, token_len, self.codebook_masks, token_len / 2)   # (B, n, T)
         which = torch.randint(codebooks, hidden.shape[:2], device=tokens.device)    # (B, n)
         which = F.one_hot(which, codebooks).float()                                 # (B, n, Q)
-        return (hidden.mT.float() @ which == 0).float()         # hidden by none of the n masks
+        times_hidden = hidden.mT.float() @ which                                    # (B, T, Q)
+        return (times_hidden == 0).float()
 
     def hide(self, emb: Tensor, token_len: Tensor) -> Tensor:
         """Noise and masks on emb (B, T, D), of mean 0 and deviation about 1."""
@@ -152,7 +153,8 @@ class Convolution(nn.Module):
 
     def forward(self, y: Tensor, real: Tensor) -> Tensor:
         """y (B, T, C), real (B, T, 1) -> (B, T, C)."""
-        y = F.glu(self.gate(self.norm(y)), -1) * real           # the kernel reaches into padding
+        # Padding is set to zero, as the kernel reaches into it.
+        y = F.glu(self.gate(self.norm(y)), -1) * real
         y = self.depthwise(y.mT).mT
         return self.out(F.silu(self.after(y)))
 
@@ -221,10 +223,11 @@ class CodecASR(nn.Module):
     def start_from(self, tables: Tensor | None, sample: Tensor):
         """Start from these tables (Q, K, D), such as the codec's codebooks, and normalize by the
         mean and deviation of the embedding on a sample of the input, (N, Q) or (N, D)."""
-        emb = sample.float()
         if self.num_codebooks:
             self.embedding.tables.copy_(tables[:self.num_codebooks].flatten(0, 1))
             emb = self.embedding(sample[None], torch.ones(1, *sample.shape))[0]
+        else:
+            emb = sample.float()
         self.mean.copy_(emb.mean(0))
         # Dimensions that hardly vary stay small.
         deviation = emb.std(0).clamp(min=0.1 * emb.std())
@@ -271,7 +274,8 @@ class CodecASR(nn.Module):
         for block in self.blocks[half:]:
             y = block(y, real, cos, sin)
         late = self.output(y).float().log_softmax(-1)                               # (B, T', V)
-        return torch.stack([early, late]) if both else late, out_len
+        log_probs = torch.stack([early, late]) if both else late
+        return log_probs, out_len
 
     def angles(self, steps: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin of the rotary angles: (T', C / H / 2) each."""

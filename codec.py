@@ -196,7 +196,8 @@ class Decoder(nn.Module):
     def __init__(self, dim: int, hop: int, wide: int, blocks: int):
         super().__init__()
         # Spectrum frames per token frame: the divisor n of hop for which hop / n is nearest to 100.
-        self.up = min(range(1, hop + 1), key=lambda n: (hop % n, abs(hop / n - 100)))
+        divisors = [n for n in range(1, hop + 1) if hop % n == 0]
+        self.up = min(divisors, key=lambda n: abs(hop / n - 100))
         self.spectrum_hop = hop // self.up
         self.n_fft = 4 * self.spectrum_hop
         slim = wide * 3 // 4
@@ -394,9 +395,11 @@ def write_atomically(path: Path, data, save: Callable = write_text):
     temporary = path.with_name(f".part-{path.name}")
     try:
         save(temporary, data)
+        temporary.replace(path)
     except (RuntimeError, TypeError) as error:          # torch: full disk; soundfile: file ending
         raise ValueError(f"{path}: cannot be written ({error})")
-    temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_rows(path: Path, rows: list[dict]):
@@ -450,14 +453,14 @@ def check_same_flags(path: Path, flags: dict, args):
 
 def flag_group(parser: ArgumentParser, title: str) -> Callable:
     """-> add(name, default, text, **more), for the flags of a group. A flag has the type of its
-    default; a list takes several words, of the type in `more`."""
+    default; a list takes several words, which are names or paths, unless `more` has a type."""
     group = parser.add_argument_group(title)
 
     def add(name, default, text, **more):
         if default is False:
             more["action"] = "store_true"
         elif isinstance(default, list):
-            more.setdefault("nargs", "+")
+            more = {"nargs": "+", "type": os.path.normpath} | more
         elif default is not None:
             more["type"] = type(default)
         if default not in (None, []):
@@ -530,7 +533,7 @@ class Crops:
     def __getitem__(self, number: int) -> Tensor:
         """-> wav (length,). A file that cannot be read is replaced by another."""
         rng = np.random.default_rng((self.seed, number))
-        while len(self.unreadable) < len(self.files):
+        for _ in range(20 * len(self.files)):       # a damaged file may be readable elsewhere
             path = self.files[rng.integers(len(self.files))]
             try:
                 wav = read_audio(path, self.length / SAMPLE_RATE, at=rng.random())
@@ -580,7 +583,8 @@ def log_row(recent: list[tuple], codec: Codec) -> dict:
     losses, tokens = zip(*recent)
     row = {name: sum(each[name].item() for each in losses) / len(losses) for name in losses[0]}
     if not math.isfinite(sum(row.values())):
-        raise ValueError("the loss is no longer finite: try a lower --lr, or look for odd audio")
+        raise ValueError("the loss is no longer finite: look for odd audio, or try a lower --lr, "
+                         "with another --out")
     usage, perplexity = usage_and_perplexity(torch.cat(tokens, 2), codec.quantizer.codebook_size)
     return row | {"usage": usage.mean().item(), "perplexity": perplexity.mean().item()}
 
@@ -602,6 +606,8 @@ def resume_codec(out: Path, args) -> dict | None:
         # Encoder, quantizer, strides, codebooks, their size and --size must stay.
         check_same_flags(path, saved["config"], args)
         return saved | {"decoder_only": True, "step": 0, "log": [], "optimizers": []}
+    if path.name == "codec.pt":
+        raise ValueError(f"{out} holds a codec.pt without its resume.pt: give another --out")
     check_same_flags(path, flags, args)
     return saved
 
@@ -622,7 +628,7 @@ def train(args):
     # At least two frames, for BatchNorm, and 512 samples, the largest hop of MelDistance: 2048 / 4.
     frames = max(2, math.ceil(512 / codec.hop), round(args.crop * codec.frame_rate))
     crops = Crops(files, args.seed, frames * codec.hop, args.batch)
-    dev_crops = Crops(dev, 0, 100 * codec.hop, 32)          # 2.5 s each at 40 Hz
+    dev_crops = Crops(dev, seed=0, length=100 * codec.hop, batch=32)        # 2.5 s each at 40 Hz
     if dev:
         dev_crops[0]                    # shows now whether dev audio can be read
 
@@ -638,8 +644,7 @@ def train(args):
         log = saved["log"]
         decoder_only = saved["decoder_only"]
         codec.load_state_dict(saved["model"])
-        # codec.pt has no optimizers, and training the decoder alone begins with new ones.
-        if saved.get("optimizers"):
+        if saved["optimizers"]:         # resume_codec drops them where the decoder trains alone
             discriminator.load_state_dict(saved["discriminator"])
             for optimizer, state in zip(optimizers, saved["optimizers"]):
                 optimizer.load_state_dict(state)
@@ -709,7 +714,7 @@ def report(out: Path, crops: Crops):
     wav = crops.batch_of(0)
     tokens = codec.encode(wav)
     mel_distance = MelDistance()(wav, codec.decode(tokens))
-    # One row of the log, from this batch alone.
+    # A row of the log, as if of one step with one loss.
     row = log_row([({"mel_distance": mel_distance}, tokens)], codec)
     text = json.dumps(row | {"fingerprint": codec.fingerprint}, indent=1)
     print(f"dev: {text}")
@@ -737,8 +742,9 @@ def reconstruct(args):
 AUDIO = tuple(""".flac .wav .mp3 .ogg .opus .aiff .aif .au .caf .w64
                  .m4a .mp4 .webm .wma .aac .amr .3gp""".split())
 # Named corpora: their folder, and their usual subsets. Any other name is a folder.
+USUAL = {"train": ["train"], "dev": ["dev"], "test": ["test"]}
 CORPORA = {
-    "synthetic": ("data/synthetic", {"train": ["train"], "dev": ["dev"], "test": ["test"]}),
+    "synthetic": ("data/synthetic", USUAL),
     "mini-librispeech": ("data/LibriSpeech", {
         "train": ["train-clean-5"], "dev": ["dev-clean-2"], "test": ["test-clean"]}),
     "librispeech": ("data/LibriSpeech", {
@@ -802,7 +808,7 @@ def find_subsets(corpora: list[str], **asked: list[str]) -> dict:
     """
     found = {role: {} for role in asked}
     for corpus in corpora:
-        name, usual = CORPORA.get(corpus, (corpus, CORPORA["synthetic"][1]))
+        name, usual = CORPORA.get(corpus, (corpus, USUAL))
         folder = Path(name)
         wanted = [(role, subset) for role in asked for subset in asked[role] or usual[role]]
         subsets = [subset for _, subset in wanted]
@@ -860,7 +866,7 @@ def find_audio(folder: Path, subset: str) -> list[Path]:
     if manifest.is_file():
         rows, _ = read_manifest(manifest)
         return [manifest.parent / row["audio_filepath"] for row in rows]
-    listed = [path.parent / "wav" / f"{words[0]}.wav"
+    listed = [path.parent / "wav" / f"{Path(words[0]).name}.wav"
               for path in sorted(folder.glob(f"*/*/transcript_{subset}.txt"))
               for words in read_lines(path)]
     return listed or files_below(folder / subset)
@@ -906,12 +912,10 @@ def parse(arguments=None):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = flag_group(parser, "speech")
     add("--corpus", ["synthetic"],
-        "synthetic, mini-librispeech, librispeech, or folders, read as one corpus",
-        type=os.path.normpath)
+        "synthetic, mini-librispeech, librispeech, or folders, read as one corpus")
     add("--train", [],
-        "subsets to train on, if not the usual ones; any folder of audio in --corpus will do",
-        type=os.path.normpath)
-    add("--dev", [], "subsets to report on, if not the usual ones", type=os.path.normpath)
+        "subsets to train on, if not the usual ones; any folder of audio in --corpus will do")
+    add("--dev", [], "subsets to report on, if not the usual ones")
     add("--crop", 1.0, "length of each training crop in seconds")
     add = flag_group(parser, "codec")
     add("--encoder", "mel",

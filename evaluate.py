@@ -70,7 +70,7 @@ class Recognizer:
         damaged, or does not fit."""
         self.path = Path(path) / "asr.pt" if Path(path).is_dir() else Path(path)
         saved = load_checkpoint(self.path, "asr")
-        self.device = torch.device(pick_device(device))
+        self.device = pick_device(device)
         try:
             self.flags = saved["flags"]
             self.meta = saved["meta"]
@@ -86,12 +86,12 @@ class Recognizer:
         # A log prior, subtracted before a beam search, as the language model has its own (see
         # unit_prior). Older checkpoints lack it.
         self.log_prior = prior_weight * saved.get("log_prior", torch.zeros(len(self.units)))
-        self.beam_search = lm and beam_search(self.units, lm, beam, lm_weight, word_score)
+        self.beam_search = lm and make_beam_search(self.units, lm, beam, lm_weight, word_score)
 
     @cached_property
     def front_end(self) -> FrontEnd:
         """What made the training tokens. Raises ValueError when the given codec is another one."""
-        front_end = FrontEnd(self.meta["features"], self.codec, self.meta["hop"], str(self.device))
+        front_end = FrontEnd(self.meta["features"], self.codec, self.meta["hop"], self.device)
         check_same_tokens(self.path, self.meta, self.codec, front_end.meta)
         return front_end
 
@@ -137,8 +137,8 @@ class Recognizer:
         return self.recognize(torch.from_numpy(self.front_end(read_audio(path))))
 
 
-def beam_search(units: SentencePieceProcessor, lm: str, beam: int, lm_weight: float,
-                word_score: float):
+def make_beam_search(units: SentencePieceProcessor, lm: str, beam: int, lm_weight: float,
+                     word_score: float):
     """torchaudio's beam search over the words of an ARPA language model, plain or gzipped.
 
     Words are spelled in the recognizer's text units. In each frame only the ten likeliest units
@@ -169,15 +169,13 @@ def beam_search(units: SentencePieceProcessor, lm: str, beam: int, lm_weight: fl
 
 def arpa_words(lm: str) -> list[str]:
     """The words that an ARPA file lists as its 1-grams."""
-    if not Path(lm).is_file():
-        raise ValueError(f"--lm {lm}: no such file")
     opener = gzip.open if str(lm).endswith(".gz") else open
-    with opener(lm, "rt", encoding="utf-8", errors="replace") as arpa:
-        unigrams = itertools.takewhile(lambda line: not line.startswith("\\2-grams"), arpa)
-        try:
+    try:
+        with opener(lm, "rt", encoding="utf-8", errors="replace") as arpa:
+            unigrams = itertools.takewhile(lambda line: not line.startswith("\\2-grams"), arpa)
             return re.findall(r"^\S+\t(\S+)", "".join(unigrams), re.MULTILINE)
-        except (OSError, EOFError, zlib.error):
-            raise ValueError(f"--lm {lm}: damaged")
+    except (OSError, EOFError, zlib.error):
+        raise ValueError(f"--lm {lm}: no such file, or damaged")
 
 
 # ----------------------------------------------------------------------------------------- scoring
@@ -194,6 +192,7 @@ class Score:
         self.char_counts = count_errors(jiwer.process_characters, self.refs, self.texts)
         self.speakers = [row["speaker"] or row["id"] for row in rows]
         # The bootstrap draws speakers, or utterances where there are fewer than five speakers.
+        # groups (N,): the number of what each utterance is drawn with.
         drawn = self.speakers if len(set(self.speakers)) >= 5 else range(len(rows))
         self.groups = np.unique(drawn, return_inverse=True)[1]
 
@@ -318,8 +317,7 @@ def remarks(score: Score, summary: dict) -> str:
 def conditions(run: Recognizer, data: TokenSet, args) -> Iterator[tuple]:
     """-> kind of noise, signal-to-noise ratio, arrays of the utterances: first without noise."""
     yield None, None, data.arrays
-    items = [Utterance(**{name: row[name] for name in Utterance._fields if name in row})
-             for row in data.rows]          # older folders lack equalize; audio is a str here
+    items = [Utterance(*map(row.get, Utterance._fields)) for row in data.rows]  # audio is a str
     for kind, snr in itertools.product(args.noise, args.snr):
         noise = Noise([kind], [snr, snr], items, args.seed)
         yield kind, snr, [torch.from_numpy(run.front_end(noise(read_audio(item.audio), item)))
@@ -339,6 +337,10 @@ def evaluate(args):
     rows = []
     page = ""
     first = {}                              # test: Score of the first run
+    stem = "compare" if args.compare else "report"
+    header = ["run", "test", "utterances", "WER % (95%)", "CER % (95%)"]
+    if args.compare:
+        header.append("CER minus the first run's, 95%")
     for name in args.compare or [args.asr]:
         run = load(name, args)
         folder = args.tokens or run.flags["tokens"]
@@ -377,16 +379,12 @@ def evaluate(args):
                     rows[-1].append(f"{100 * low:+.1f} to {100 * high:+.1f}")
                 elif not kind:
                     page += f"\n{subset}\n{remarks(score, summary)}"
-    header = ["run", "test", "utterances", "WER % (95%)", "CER % (95%)"]
-    if args.compare:
-        header.append("CER minus the first run's, 95%")
-    page += "\n" + table(header, rows)
-
-    stem = "compare" if args.compare else "report"
-    write_atomically(out / f"{stem}.md", page)
-    write_atomically(out / f"{stem}.json",
-                     json.dumps(origin(args) | {"runs": report}, indent=1))
-    print(f"{page}\nwrote {out / stem}.md and .json; pictures of them: "
+                # Now, not at the end, so that what is measured is kept.
+                text = f"{page}\n{table(header, rows)}"
+                write_atomically(out / f"{stem}.md", text)
+                write_atomically(out / f"{stem}.json",
+                                 json.dumps(origin(args) | {"runs": report}, indent=1))
+    print(f"{text}\nwrote {out / stem}.md and .json; pictures of them: "
           f"python -m results.study figures {shlex.quote(f'{out / stem}.json')}")
 
 

@@ -38,7 +38,8 @@ def nearest(frames: Tensor, codebook: Tensor) -> Tensor:
     enough, a hundred times cheaper than an N x K x D tensor of differences.
     """
     half_norm = codebook.square().sum(1) / 2
-    distance = torch.addmm(half_norm, frames, codebook.T, alpha=-1)         # (N, K)
+    # Half of the distance, without |f|^2: (N, K).
+    distance = torch.addmm(half_norm, frames, codebook.T, alpha=-1)
     return distance.min(1).indices          # on a CPU, faster than argmin(1)
 
 
@@ -95,7 +96,7 @@ class ResidualVQ(nn.Module):
             loss += (error * active).sum() / active.sum().clamp(min=1)
             if self.training and self.learning:
                 self.update(level, residual, index, active)
-            # Not masked by `active`, as `update` may move a dead code to any frame.
+            # Also for inactive frames: `update` may move a dead code to any of them.
             residual = residual - code
 
         # One straight-through on the sum: one per level would multiply the gradient by Q.
@@ -165,7 +166,7 @@ class ResidualVQ(nn.Module):
             dist.all_reduce(total)
         if not count.any():
             return                      # no utterance of this batch uses the level
-        uniform = count.mean()      # the unit of the counts, so that steps have the same weight
+        uniform = count.mean()      # the unit of counts: steps with few active frames weigh as much
         self.ema_count[level].lerp_(count / uniform, 1 - self.decay)
         self.ema_sum[level].lerp_(total / uniform, 1 - self.decay)
 
@@ -206,31 +207,6 @@ class GroupFSQ(nn.Module):
         self.register_buffer("basis", sizes.cumprod(0) // sizes, persistent=False)
         self.register_buffer("levels", sizes, persistent=False)
 
-    def forward(self, latent: Tensor) -> Quantized:
-        """latent (B, D, T) -> Quantized."""
-        soft = self.digits(latent)                                          # (B, T, Q, d)
-        hard = soft + (soft.round() - soft).detach()        # straight-through, with tanh's gradient
-        tokens = self.index(soft)
-        # A weight of 3.0 lowers the mel distance, but raises the recognizer's error rate.
-        return Quantized(self.values(hard), tokens, 0.1 * redundancy(latent.float()))
-
-    def encode(self, latent: Tensor) -> Tensor:
-        """latent (B, D, T) -> tokens (B, Q, T)."""
-        return self.index(self.digits(latent))
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        """tokens (B, n, T), n <= Q: the first n groups, the others at 0 -> latent (B, D, T)."""
-        latent = self.values(self.unpack(tokens.mT))
-        return F.pad(latent, (0, 0, 0, self.dim - latent.shape[1]))
-
-    def codebooks(self) -> Tensor:
-        """(Q, K, D): each group's points in its own slice of D, zeros elsewhere."""
-        codes = torch.arange(self.codebook_size, device=self.basis.device)
-        # The codes serve as K frames of one group, (1, K, 1); unpack and values are below.
-        points = self.values(self.unpack(codes[None, :, None]))[0].T        # (K, d)
-        groups = torch.eye(self.num_codebooks, device=points.device)
-        return torch.kron(groups, points).view(len(groups), -1, self.dim)
-
     def digits(self, latent: Tensor) -> Tensor:
         """(B, D, T) -> (B, T, Q, d): numbers in 0 .. levels - 1, not yet rounded.
 
@@ -254,6 +230,31 @@ class GroupFSQ(nn.Module):
     def values(self, digits: Tensor) -> Tensor:
         """Digits (B, T, Q, d) -> the numbers in [-1, 1] that they stand for, (B, D, T)."""
         return (digits / (self.levels // 2) - 1).flatten(2).mT
+
+    def forward(self, latent: Tensor) -> Quantized:
+        """latent (B, D, T) -> Quantized."""
+        soft = self.digits(latent)                                          # (B, T, Q, d)
+        hard = soft + (soft.round() - soft).detach()        # straight-through, with tanh's gradient
+        tokens = self.index(soft)
+        # A weight of 3.0 lowers the mel distance, but raises the recognizer's error rate.
+        return Quantized(self.values(hard), tokens, 0.1 * redundancy(latent.float()))
+
+    def encode(self, latent: Tensor) -> Tensor:
+        """latent (B, D, T) -> tokens (B, Q, T)."""
+        return self.index(self.digits(latent))
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """tokens (B, n, T), n <= Q: the first n groups, the others at 0 -> latent (B, D, T)."""
+        latent = self.values(self.unpack(tokens.mT))
+        return F.pad(latent, (0, 0, 0, self.dim - latent.shape[1]))
+
+    def codebooks(self) -> Tensor:
+        """(Q, K, D): each group's points in its own slice of D, zeros elsewhere."""
+        codes = torch.arange(self.codebook_size, device=self.basis.device)
+        # The codes serve as K frames of one group, (1, K, 1).
+        points = self.values(self.unpack(codes[None, :, None]))[0].T        # (K, d)
+        groups = torch.eye(self.num_codebooks, device=points.device)
+        return torch.kron(groups, points).view(len(groups), -1, self.dim)
 
 
 def redundancy(latent: Tensor) -> Tensor:

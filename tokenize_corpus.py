@@ -15,8 +15,8 @@ my-corpus holds subsets train, dev and test in one of three layouts: LibriSpeech
 manifests such as train.jsonl, with a line {"audio_filepath": "a.wav", "text": "GUTEN TAG"} for each
 file, optionally with "lang" and "speaker"; or ML-SUPERB's <dataset>/<lang>/transcript_train.txt.
 Test subsets alone are enough for evaluate.py. The same command continues an interrupted run, and
-re-encodes recordings that were written since. Where older files have taken their place, as when a
-link or a manifest points elsewhere, give another --out.
+re-encodes recordings that are newer than their tokens. Where a link or a manifest now names older
+recordings under the same ids, give another --out.
 
 Legend: S samples, T token frames, Q codebooks, K codes, D feature size.
 Dhawan et al., arXiv 2407.03495, section 3: the recognizer never sees audio, only these files.
@@ -100,11 +100,13 @@ def read_subset(folders: list[Path], subset: str) -> tuple[list[Utterance], list
 
 def read_librispeech(folder: Path, subset: str, skipped: list[str]) -> Iterator[Utterance]:
     """speaker/chapter/*.trans.txt, whose lines are an id and its words, beside the audio files."""
-    audio = {(path.parent, path.stem): path for path in find_audio(folder, subset)}
+    unused = dict.fromkeys(find_audio(folder, subset))
+    by_name = {(path.parent, path.stem): path for path in unused}
     for path in files_below(folder / subset, ".trans.txt"):
         for name, *words in read_lines(path):
-            file = audio.pop((path.parent, name), None)
-            if file:
+            file = by_name.get((path.parent, name))
+            if file in unused:
+                del unused[file]
                 # LibriSpeech's names begin with the speaker; other names get their folders. Without
                 # folders, the speaker is what comes before the first hyphen.
                 parts = file.with_suffix("").relative_to(folder / subset).parts
@@ -113,7 +115,8 @@ def read_librispeech(folder: Path, subset: str, skipped: list[str]) -> Iterator[
                 yield Utterance(key, " ".join(words), "", speaker, file)
             else:
                 skipped.append(f"{path}: {name} has no audio file of its own")
-    skipped += [f"{path}: no transcript names it" for path in audio.values()]
+    skipped += [f"{path}: no transcript names it, or another file of this name is used"
+                for path in unused]
 
 
 def read_rows(manifest: Path, skipped: list[str]) -> Iterator[Utterance]:
@@ -129,7 +132,8 @@ def read_rows(manifest: Path, skipped: list[str]) -> Iterator[Utterance]:
             skipped.append(f"{manifest}: {audio} has {', '.join(row)}, but no text")
         else:
             # The id becomes a file name: it must be short, and cannot lead out of --out.
-            name = re.sub(r"[^\w-]+", "-", os.path.splitext(audio)[0])[-60:].strip("-")
+            stem = os.path.splitext(audio)[0]
+            name = re.sub(r"[^\w-]+", "-", stem)[-60:].strip("-")
             text, lang, speaker = ("" if row.get(key) is None else str(row[key])
                                    for key in ("text", "lang", "speaker"))
             yield Utterance(name, " ".join(text.split()), lang, speaker, manifest.parent / audio,
@@ -177,11 +181,12 @@ class Noise:
             noise = torch.from_numpy(rng.standard_normal(len(wav))).float()
         elif kind == "pink":
             noise = pink(len(wav), rng)
-        elif kind == "babble":          # six recordings of other speakers, if there are any
+        elif kind == "babble":          # six stretches of other speakers, if there are any
             # Where speakers are unknown, each recording counts as one of its own.
             who = item.speaker or item.audio
             others = [each for each in self.speech if (each.speaker or each.audio) != who]
-            files = [other.audio for other in others or self.speech]
+            others = others or self.speech
+            files = [other.audio for other in others]
             noise = sum(stretch(files, len(wav), rng) for _ in range(6))
         else:
             noise = stretch(self.files[kind], len(wav), rng)
@@ -240,7 +245,7 @@ class Encodec:
     def encode(self, wav: Tensor) -> Tensor:
         """wav (1, S) at 16 kHz -> tokens (1, Q, T)."""
         wav = torchaudio.functional.resample(wav, SAMPLE_RATE, self.sample_rate)
-        return self.model.encode(wav[None])[0][0]
+        return self.model.encode(wav[None])[0][0]       # codes of the only segment
 
 
 class FrontEnd:
@@ -252,20 +257,21 @@ class FrontEnd:
         self.device = device
         self.meta = {"features": features, "sample_rate": SAMPLE_RATE, "hop": hop,
                      "codebooks": 0, "codebook_size": 0, "bitrate": 0}
+        # "codec" identifies what makes the input: check_same_tokens compares it.
         if features == "mel":
             self.encode = LogMel(mel_window(hop), hop, 80).to(device)
             self.meta |= {"codec": f"mel-{hop}", "dim": 80}
             return
-        # Only the name counts: evaluate.py may pass a relative path, such as ../../encodec.
+        # Only the name counts: in meta.json, the path is relative, such as ../../encodec.
         own = Path(codec_path).name != "encodec"
         codec = Codec.load(codec_path, device) if own else Encodec(device)
         self.encode = codec.encode if features == "tokens" else codec.latent
         self.tables = codec.codebooks().cpu().numpy()                       # (Q, K, D)
-        number, size, dim = self.tables.shape
+        codebooks, size, dim = self.tables.shape
         self.meta |= {"codec": codec.fingerprint, "sample_rate": codec.sample_rate,
                       "hop": codec.hop, "dim": dim}
         if features == "tokens":
-            self.meta |= {"codebooks": number, "codebook_size": size, "bitrate": codec.bitrate}
+            self.meta |= {"codebooks": codebooks, "codebook_size": size, "bitrate": codec.bitrate}
 
     @torch.inference_mode()
     def __call__(self, wav: Tensor) -> np.ndarray:
@@ -326,15 +332,13 @@ def continue_folder(out: Path, meta: dict, args):
     arrays = {*out.rglob("*.npy")} - {out / "codebooks.npy"}
     if not (out / "meta.json").exists() or not arrays:
         return
-    older = {"speeds": [], "equalize": 0.0, "copies": 1}        # where a folder does not say
-    before = older | json.loads((out / "meta.json").read_text("utf-8"))
-    for name in ("features", "codec", "hop", "corpus", "speeds", "equalize", "noise", "snr",
-                 "copies", "seed"):
-        if before[name] != meta[name]:
-            raise ValueError(f"{out} holds tokens with {name} {before[name]}, not {meta[name]}: "
-                             f"give another --out, or delete it")
+    before = json.loads((out / "meta.json").read_text("utf-8"))
+    for name, now in meta.items():
+        if name not in ("train", "dev", "test", "codec_path") and before[name] != now:
+            raise ValueError(f"{out} holds tokens with {name} {before[name]}, not {now}: give "
+                             f"another --out, or delete it")
     for role in "train", "dev", "test":
-        if not getattr(args, role):     # then meta has the usual subsets, as far as they exist
+        if not getattr(args, role):     # then find_subsets gave meta the usual ones that exist
             listed = [name for name in before[role]
                       if name in meta[role] or (out / f"{name}.jsonl").exists()]
             meta[role] = listed or meta[role]
@@ -352,7 +356,7 @@ def encode_subset(front_end: FrontEnd, utterances: list[Utterance], noise: Noise
                         collate_fn=partial(read_utterance, noise))      # called in the workers
     for wav, item in zip(tqdm(loader, folder.name, disable=None), todo):
         path = folder / f"{item.id}.npy"
-        if isinstance(wav, str):
+        if isinstance(wav, str):                    # why it cannot be read
             tqdm.write(f"skipped: {wav}")
             path.unlink(missing_ok=True)            # that of an earlier recording
         else:
@@ -386,7 +390,8 @@ def tokenize(args):
     out = Path(args.out)
     corpus = find_subsets(args.corpus, train=args.train, dev=args.dev, test=args.test)
     front_end = FrontEnd(args.features, args.codec, args.hop, str(device))
-    meta = front_end.meta | {role: list(subsets) for role, subsets in corpus.items()} | {
+    meta = front_end.meta | {role: list(subsets) for role, subsets in corpus.items()}
+    meta |= {
         # Relative, so that the folders can move together; either may be behind a link.
         "codec_path": os.path.relpath(Path(args.codec).resolve(), out.resolve()),
         "corpus": args.corpus, "speeds": args.speeds, "equalize": args.equalize,
@@ -407,7 +412,8 @@ def tokenize(args):
                 continue
             utterances, skipped = read_subset(folders, subset)
             noise = Noise(args.noise, args.snr, utterances, args.seed)
-            if subset in meta["train"]:     # a subset may have two roles, one by an earlier command
+            # Whatever its role in this command: an earlier one may have called it train.
+            if subset in meta["train"]:
                 utterances = with_copies(utterances, args)
             encode_subset(front_end, utterances[rank::world], noise, out / subset, args.workers)
             if world > 1:
@@ -431,11 +437,10 @@ def parse(arguments=None):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = flag_group(parser, "speech")
     add("--corpus", ["synthetic"],
-        "synthetic, mini-librispeech, librispeech, or folders, read as one corpus",
-        type=os.path.normpath)
-    add("--train", [], "subsets to train on, if not the usual ones", type=os.path.normpath)
-    add("--dev", [], "subsets to measure progress on, likewise", type=os.path.normpath)
-    add("--test", [], "subsets to evaluate on, likewise", type=os.path.normpath)
+        "synthetic, mini-librispeech, librispeech, or folders, read as one corpus")
+    add("--train", [], "subsets to train on, if not the usual ones")
+    add("--dev", [], "subsets to measure progress on, likewise")
+    add("--test", [], "subsets to evaluate on, likewise")
     add = flag_group(parser, "input of the recognizer")
     add("--codec", "runs/codec/codec.pt", "a trained codec, or encodec")
     add("--features", "tokens",
@@ -448,8 +453,7 @@ def parse(arguments=None):
     add("--equalize", 0.0,
         "deviation in dB of a random gain in each octave of these copies, which then also begin "
         "up to 25 ms later")
-    add("--noise", [], "copies in noise: white, pink, babble, or folders of audio",
-        type=os.path.normpath)
+    add("--noise", [], "copies in noise: white, pink, babble, or folders of audio")
     add("--snr", [0.0, 20.0], "range of their signal-to-noise ratio in dB",
         nargs=2, type=float, metavar=("LOW", "HIGH"))
     add("--copies", 1, "copies in noise of each utterance")

@@ -90,7 +90,7 @@ def split_language(text: str) -> tuple[str, str]:
 # -------------------------------------------------------------------------------------------- data
 
 def read_meta(folder: str | Path) -> dict:
-    """The folder's meta.json: subsets of each role, Q (0 for features), K, D, hop, codec, ..."""
+    """The folder's meta.json: subsets of each role, Q (0 for log-mel or latent), K, D, hop, ..."""
     path = Path(folder) / "meta.json"
     if not path.is_file():
         raise ValueError(f"{folder}: no tokens here; run tokenize_corpus.py, or name others with "
@@ -151,14 +151,15 @@ def frames_needed(target: Tensor) -> int:
 class TrainSet(TokenSet):
     """Adds text units and targets, and draws one variant of each utterance per epoch."""
 
-    def __init__(self, args, meta: dict, units: bytes | None = None):
-        """units: the sentencepiece model of a run that resumes."""
+    def __init__(self, args, meta: dict, units_model: bytes | None = None):
+        """units_model: that of sentencepiece, where a run resumes."""
         if not meta["train"]:
             raise ValueError(f"{args.tokens}: no train subset; give tokenize_corpus.py a --train")
         super().__init__(args.tokens, meta["train"], args.codebooks, copies=True)
         self.seed = args.seed
         self.batch_frames = round(args.batch * meta["sample_rate"] / meta["hop"])
-        self.units = SentencePieceProcessor(model_proto=units or train_units(self.rows, args))
+        units_model = units_model or train_units(self.rows, args)
+        self.units = SentencePieceProcessor(model_proto=units_model)
         self.targets = []
         self.out_len = []
         dropped = []
@@ -188,7 +189,8 @@ class TrainSet(TokenSet):
         picked = []
         for clean, noisy in self.variants.values():
             wants_noise = rng.random() < NOISY_SHARE * strength
-            picked.append(rng.choice(noisy if noisy and wants_noise else clean or noisy))
+            wanted = noisy if wants_noise else clean
+            picked.append(rng.choice(wanted or clean or noisy))
         # The first epoch goes from short to long: CTC finds its first alignments in short ones
         # (Deep Speech 2, arXiv 1512.02595, section 3.3).
         return self.batches(picked, self.batch_frames, rng if number else None)
@@ -242,8 +244,9 @@ class Muon(torch.optim.Optimizer):
             grad = torch.stack([matrix.grad for matrix in group["params"]])         # (N, R, C)
             state = self.state[group["params"][0]]
             momentum = state.setdefault("momentum", torch.zeros_like(grad))
-            momentum.lerp_(grad, 0.05)      # the mean of about 20 steps; then Nesterov's look ahead
-            steps = orthogonal(grad.lerp(momentum, 0.95).to(fast_dtype(grad.device)))
+            momentum.lerp_(grad, 0.05)              # the mean of about 20 steps
+            ahead = grad.lerp(momentum, 0.95)       # Nesterov's look ahead
+            steps = orthogonal(ahead.to(fast_dtype(grad.device)))
             scale = max(1.0, grad.shape[1] / grad.shape[2]) ** 0.5
             for matrix, step in zip(group["params"], steps):
                 matrix.mul_(1 - 0.1 * group["lr"])              # weight decay
@@ -256,7 +259,7 @@ def orthogonal(y: Tensor) -> Tensor:
     singular values are near 1, and nearer is not needed."""
     if y.shape[1] > y.shape[2]:
         return orthogonal(y.mT).mT
-    y = y / (y.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    y = F.normalize(y, dim=(1, 2))
     for _ in range(5):
         gram = y @ y.mT
         mixed = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
@@ -330,6 +333,7 @@ def dev_error_rates(model: CodecASR, dev: TokenSet, units, frames: int) -> dict:
     """WER and CER of greedy decoding; language tokens do not count as text."""
     refs = []
     hyps = []
+    # Without gradients, twice as many frames fit into memory.
     for number, log_probs in outputs(model, dev, range(len(dev.rows)), 2 * frames):
         refs.append(dev.rows[number]["text"])
         hyps.append(split_language(greedy(units, log_probs))[1])
@@ -365,10 +369,9 @@ def ramp(step: int, args) -> float:
 def check_same_tokens(path: str | Path, trained: dict, tokens: str | Path, found: dict, more=()):
     """A recognizer reads only what it was trained on: the same features of the same codec."""
     for name in "features", "codec", "hop", "codebooks", *more:
-        if trained.get(name, found.get(name)) != found.get(name):       # older files lack some
-            raise ValueError(f"{path} was trained on {name} {trained.get(name)}, but {tokens} "
-                             f"holds {found.get(name)}: use the tokens and codec that it was "
-                             f"trained with")
+        if trained[name] != found[name]:
+            raise ValueError(f"{path} was trained on {name} {trained[name]}, but {tokens} holds "
+                             f"{found[name]}: use the tokens and codec that it was trained with")
 
 
 def resume_recognizer(path: Path, args, meta: dict) -> dict | None:
@@ -382,8 +385,7 @@ def resume_recognizer(path: Path, args, meta: dict) -> dict | None:
     saved = load_checkpoint(path, "asr")
     check_same_flags(path, saved["flags"], args)
     check_same_tokens(path, saved["meta"], args.tokens, meta,
-                      ["corpus", "train", "dev", "speeds", "equalize", "noise", "snr", "copies",
-                       "seed"])
+                      sorted(meta.keys() - {"test", "codec_path"}))
     return saved
 
 
@@ -419,9 +421,10 @@ def train(args):
         print(f"recognizer: {millions:.1f} M parameters, {len(data.units)} {args.units} units; "
               f"{len(data.variants)} utterances, {len(data.rows)} with copies; epoch "
               f"{first} of {args.epochs} on {device}", data.notes, sep="\n")
-    # One batch of long utterances shows now whether memory is large enough: the second to last of
-    # the sorted epoch 0, as the last may be a small remainder.
-    ctc_loss(model, data, data.epoch(0, 1.0)[-2:][0][::world], device).sum().backward()
+    # One batch of long utterances shows now whether memory is large enough: of the sorted epoch 0,
+    # the second to last, or the only one. The last may be a small remainder.
+    long = data.epoch(0, strength=1.0)[-2:][0]
+    ctc_loss(model, data, long[::world], device).sum().backward()
     model.zero_grad()
 
     for epoch in range(first, args.epochs):
@@ -440,12 +443,11 @@ def train(args):
             torch.manual_seed((args.seed * 1_000_000 + step) * world + rank)
 
             # Each process takes a part of the group, but all take the whole of a small one.
-            # DistributedDataParallel averages the gradients of the parts, where their sum is
-            # needed: hence `* parts`.
             parts = world if len(group) >= world else 1
             mine = group[rank % parts::parts]
             num_units = sum(len(data.targets[i]) for i in group)
-            early, late = ctc_loss(net, data, mine, device) / num_units * parts
+            # DistributedDataParallel averages the gradients of the parts, but we need their sum.
+            early, late = parts * ctc_loss(net, data, mine, device) / num_units
             (0.3 * early + 0.7 * late).backward()               # these weights were not tuned
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:

@@ -50,9 +50,12 @@ seeds() {       # RUN, TOKENS, flags: seed 0 in RUN, seed 1 in RUN-1
     seed 0 "$1" "${@:2}"
     seed 1 "$1-1" "${@:2}"
 }
-headline() {    # NAME, TOKENS: the headline in runs/headline/NAME, scored with the LM, too
-    seed 0 "runs/headline/$1" "$2" --size small --epochs 32
-    python evaluate.py --asr "runs/headline/$1" --lm $lm --out "runs/headline/$1/eval-lm"
+headline() {    # NAME, TOKENS: the headline in runs/headline/NAME and NAME-1, with the LM, too
+    local run
+    seeds "runs/headline/$1" "$2" --size small --epochs 32
+    for run in "runs/headline/$1"{,-1}; do
+        python evaluate.py --asr "$run" --lm $lm --out "$run/eval-lm"
+    done
 }
 asr() {         # NAME, TOKENS, flags: the study's recognizer, in runs/study/NAME and NAME-1
     seeds "runs/study/$1" "$2" --epochs 12 --time-masks 0 --feature-masks 0 "${@:3}"
@@ -78,10 +81,10 @@ mini)           # 57: codec, tokens and log-mel that most runs below use, also o
         --out runs/mini/tokens-eq
     python tokenize_corpus.py "${mini[@]}" --equalize 5 --features mel --out runs/mini/mel-eq
     ;;
-headline)       # 150: the headline, on tokens
+headline)       # 300: the headline, on tokens
     headline asr runs/mini/tokens-eq
     ;;
-headline-mel)   # 150: the headline, on log-mel
+headline-mel)   # 300: the headline, on log-mel
     headline asr-mel runs/mini/mel-eq
     ;;
 plain)          # 150: the same with copies that are not equalized; on one core of an AMD EPYC
