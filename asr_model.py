@@ -40,7 +40,7 @@ class Augment:
     time_masks: int = 0             # spans of time hidden, each up to a twentieth of the utterance
     longest_mask: float = 8.0       # upper limit on a time mask, in frames
     codebook_masks: int = 0         # codebooks hidden, each for up to half of the utterance
-    feature_masks: int = 0          # bands of the embedding (or of log-mel), each up to a third
+    feature_masks: int = 0          # bands of the embedding or log-mel, each up to a third of it
     replace: float = 0.0            # share of tokens replaced by random codes
     # Standard deviation of the noise on the embedding, as a share of the embedding's own. NEFTune
     # (arXiv 2310.05914) draws from -a to a, with a = alpha / sqrt(T * D), whose deviation is
@@ -131,7 +131,8 @@ class Attention(nn.Module):
         """y (B, T, C), real (B, 1, 1, T) -> (B, T, C)."""
         qkv = self.qkv(self.norm(y)).unflatten(2, (3, HEADS, -1))          # (B, T, 3, H, C/H)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                        # (B, H, T, C/H)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)             # float32, as the angles are
+        q = rotate(q, cos, sin)                                 # float32, as the angles are
+        k = rotate(k, cos, sin)
         with torch.autocast("cpu", enabled=False):      # where attention is slower in bfloat16
             heads = F.scaled_dot_product_attention(q, k, v.float(), attn_mask=real)
         return self.out(heads.transpose(1, 2).flatten(2))
@@ -229,12 +230,11 @@ class CodecASR(nn.Module):
         else:
             emb = sample.float()
         self.mean.copy_(emb.mean(0))
-        # Dimensions that hardly vary stay small.
-        deviation = emb.std(0).clamp(min=0.1 * emb.std())
-        # With "stack", one deviation serves all dimensions: RVQ's last codebooks are small and
-        # carry little.
         if self.num_codebooks and self.embedding.aggregate == "stack":
+            # One for all dimensions: RVQ's last codebooks are small and carry little.
             deviation = (emb - self.mean).std()
+        else:               # dimensions that hardly vary stay small
+            deviation = emb.std(0).clamp(min=0.1 * emb.std())
         self.deviation.copy_(deviation)
 
     def embed(self, tokens: Tensor, token_len: Tensor) -> Tensor:

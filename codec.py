@@ -141,7 +141,7 @@ class TimeEncoder(nn.Module):
     - Two wide residual units at the token rate, where they are cheap.
     """
     chunk = 200         # token frames encoded at once: bounds memory
-    context = 8         # token frames seen on each side: 3 in the last layers, the rest below them
+    context = 8         # token frames seen on each side: 3 by self.top, the rest by self.down
 
     def __init__(self, dim: int, strides: list[int], channels: int):
         super().__init__()
@@ -396,7 +396,8 @@ def write_atomically(path: Path, data, save: Callable = write_text):
     try:
         save(temporary, data)
         temporary.replace(path)
-    except (RuntimeError, TypeError) as error:          # torch: full disk; soundfile: file ending
+    # torch raises these on a full disk, soundfile on an unknown file ending.
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"{path}: cannot be written ({error})")
     finally:
         temporary.unlink(missing_ok=True)
@@ -477,7 +478,7 @@ def add_common_flags(parser: ArgumentParser, out: str):
 
 
 def refuse_idle(parser: ArgumentParser, args, why: str, *names: str):
-    """A flag without effect is an error."""
+    """An error if a flag was given that has no effect."""
     for name in names:
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} has no effect {why}")
@@ -514,7 +515,7 @@ def run_stage(stage: Callable, args):
     except (ValueError, OverflowError, OSError, torch.OutOfMemoryError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("\ninterrupted: files already written are kept; repeat the command to continue",
+        print("\ninterrupted: files already written are kept; repeat the command to finish",
               file=sys.stderr)
         sys.exit(130)
 
@@ -590,7 +591,7 @@ def log_row(recent: list[tuple], codec: Codec) -> dict:
 
 
 def resume_codec(out: Path, args) -> dict | None:
-    """The state to continue from, if any.
+    """The state to continue from, if any; `train` lists what it holds.
 
     `--adversarial` on a codec that was finished without it trains its decoder alone, in a new run
     with its own --steps, --batch and so on.
@@ -630,7 +631,7 @@ def train(args):
     crops = Crops(files, args.seed, frames * codec.hop, args.batch)
     dev_crops = Crops(dev, seed=0, length=100 * codec.hop, batch=32)        # 2.5 s each at 40 Hz
     if dev:
-        dev_crops[0]                    # shows now whether dev audio can be read
+        dev_crops[0]                    # fails now, not after training, if none can be read
 
     nets = [codec, discriminator]       # the discriminator learns only with --adversarial
     optimizers = [torch.optim.AdamW(net.parameters(), betas=(0.8, 0.99)) for net in nets]
@@ -771,7 +772,7 @@ def read_audio(path: str | Path, seconds: float = math.inf, at: float = 0.0) -> 
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}")
     # TypeError: headerless .raw; MemoryError: a damaged header that promises terabytes.
-    # ValueError: the header of a streamed FLAC does not say how many samples follow.
+    # ValueError: a truncated WAV, or a streamed FLAC, whose header does not say its length.
     except (RuntimeError, TypeError, ValueError, MemoryError) as error:
         raise ValueError(f"{path}: not readable as audio ({str(error).splitlines()[0]}); other "
                          f"formats: ffmpeg -i in.m4a out.wav")
@@ -940,7 +941,7 @@ def parse(arguments=None):
         "add a discriminator, for better sound; on a finished codec: train its decoder alone")
     add = flag_group(parser, "listening")
     add("--reconstruct", None,
-        "encode and decode one audio file, an hour in 6 GB of memory; OUT: .wav, .flac or .mp3",
+        "encode and decode one audio file (an hour takes 6 GB of memory); OUT: .wav, .flac or .mp3",
         nargs=2, metavar=("IN", "OUT"))
     add("--codec", "runs/codec/codec.pt", "the codec that --reconstruct uses")
     add_common_flags(parser, "runs/codec")

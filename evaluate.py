@@ -15,7 +15,7 @@ From Python:
     recognizer = Recognizer("runs/asr/asr.pt")
     print(recognizer.transcribe("talk.mp3"))
 
-WER, CER: word and character error rate, (substitutions + deletions + insertions) / length.
+WER, CER: word and character error rate, (substitutions + deletions + insertions) / true length.
 Intervals: 95%, by a bootstrap that resamples speakers, or utterances where there are fewer than
 five speakers. With few speakers they are too narrow: in a simulation, they contained the truth in
 94 of 100 cases with 20 speakers, in 83 with 5 speakers.
@@ -84,7 +84,7 @@ class Recognizer:
         # codec_path is relative to the checkpoint.
         self.codec = codec or self.path.parent / self.meta["codec_path"]
         # A log prior, subtracted before a beam search, as the language model has its own (see
-        # unit_prior). Older checkpoints lack it.
+        # unit_prior in train_asr.py). Older checkpoints lack it.
         self.log_prior = prior_weight * saved.get("log_prior", torch.zeros(len(self.units)))
         self.beam_search = lm and make_beam_search(self.units, lm, beam, lm_weight, word_score)
 
@@ -187,12 +187,12 @@ class Score:
         """rows: of the token folder, with text, lang and speaker; hyps: what was recognized."""
         self.rows = rows
         self.refs = [row["text"] for row in rows]
-        self.named, self.texts = zip(*map(split_language, hyps))        # languages, texts
+        self.hyp_langs, self.texts = zip(*map(split_language, hyps))
         self.word_counts = count_errors(jiwer.process_words, self.refs, self.texts)
         self.char_counts = count_errors(jiwer.process_characters, self.refs, self.texts)
         self.speakers = [row["speaker"] or row["id"] for row in rows]
         # The bootstrap draws speakers, or utterances where there are fewer than five speakers.
-        # groups (N,): the number of what each utterance is drawn with.
+        # groups (N,): the number of the speaker, or utterance, with which each one is drawn.
         drawn = self.speakers if len(set(self.speakers)) >= 5 else range(len(rows))
         self.groups = np.unique(drawn, return_inverse=True)[1]
 
@@ -207,7 +207,7 @@ class Score:
                   "cer_interval": interval(resampled(self.char_counts, self.groups, seed)),
                   "by_speaker": {name: total.tolist() for name, total in by_speaker.items()}}
         languages = np.array([row["lang"] for row in self.rows])
-        named = np.array(self.named)
+        named = np.array(self.hyp_langs)
         if len(set(languages)) > 1:
             result["cer_by_language"] = {lang: rate(self.char_counts[languages == lang])
                                          for lang in sorted(set(languages))}
@@ -242,6 +242,13 @@ def resampled(counts: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
 def interval(rates: np.ndarray) -> list[float]:
     """The middle 95% of the bootstrap's error rates, or of their differences."""
     return np.percentile(rates, [2.5, 97.5]).tolist()
+
+
+def cer_difference(score: Score, base: Score, seed: int) -> list[float]:
+    """Interval of the CER minus that of base. One seed draws the same speakers, or utterances, for
+    both."""
+    cers = resampled(score.char_counts, base.groups, seed)
+    return interval(cers - resampled(base.char_counts, base.groups, seed))
 
 
 # ----------------------------------------------------------------------------------------- picture
@@ -317,7 +324,8 @@ def remarks(score: Score, summary: dict) -> str:
 def conditions(run: Recognizer, data: TokenSet, args) -> Iterator[tuple]:
     """-> kind of noise, signal-to-noise ratio, arrays of the utterances: first without noise."""
     yield None, None, data.arrays
-    items = [Utterance(*map(row.get, Utterance._fields)) for row in data.rows]  # audio is a str
+    # Rows are Utterances, written as JSON, so their audio is a str.
+    items = [Utterance(*map(row.get, Utterance._fields)) for row in data.rows]
     for kind, snr in itertools.product(args.noise, args.snr):
         noise = Noise([kind], [snr, snr], items, args.seed)
         yield kind, snr, [torch.from_numpy(run.front_end(noise(read_audio(item.audio), item)))
@@ -372,9 +380,7 @@ def evaluate(args):
                     if score.refs != base.refs:
                         raise ValueError(f"{name}: its {subset} holds other utterances than that "
                                          f"of {args.compare[0]}")
-                    # One seed draws the same speakers, or utterances, for both runs.
-                    low, high = interval(resampled(score.char_counts, base.groups, args.seed)
-                                         - resampled(base.char_counts, base.groups, args.seed))
+                    low, high = cer_difference(score, base, args.seed)
                     summary["cer_minus_first"] = [low, high]
                     rows[-1].append(f"{100 * low:+.1f} to {100 * high:+.1f}")
                 elif not kind:

@@ -80,7 +80,7 @@ class ResidualVQ(nn.Module):
         """
         batch, _, time = latent.shape
         frames = latent.float().mT.flatten(0, 1)                            # (N, D)
-        depth = self.random_depth(batch).repeat_interleave(time)            # (N,)
+        depth = self.random_depth(batch).repeat_interleave(time)            # (N,) levels in use
 
         # Every level's commitment loss starts from `frames`: through chained residuals, the
         # gradients of all levels but the first would cancel (encodec issue 25).
@@ -146,7 +146,8 @@ class ResidualVQ(nn.Module):
                 mean = total / count.clamp(min=1)[:, None]
                 centers = torch.where(count[:, None] > 0, mean, centers)
             residual = residual - centers[nearest(residual, centers)]
-            self.embed[level] = self.ema_sum[level] = centers
+            self.embed[level] = centers
+            self.ema_sum[level] = centers
 
     def sums(self, frames: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Number and sum of the frames of each code: (N, D), (N,) -> (K,), (K, D)."""
@@ -224,8 +225,8 @@ class GroupFSQ(nn.Module):
         return (digits.round().long() * self.basis).sum(-1).mT
 
     def unpack(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, T, Q) -> digits (B, T, Q, d)."""
-        return tokens[..., None] // self.basis % self.levels
+        """Tokens (B, Q, T) -> digits (B, T, Q, d)."""
+        return tokens.mT[..., None] // self.basis % self.levels
 
     def values(self, digits: Tensor) -> Tensor:
         """Digits (B, T, Q, d) -> the numbers in [-1, 1] that they stand for, (B, D, T)."""
@@ -245,14 +246,14 @@ class GroupFSQ(nn.Module):
 
     def decode(self, tokens: Tensor) -> Tensor:
         """tokens (B, n, T), n <= Q: the first n groups, the others at 0 -> latent (B, D, T)."""
-        latent = self.values(self.unpack(tokens.mT))
+        latent = self.values(self.unpack(tokens))
         return F.pad(latent, (0, 0, 0, self.dim - latent.shape[1]))
 
     def codebooks(self) -> Tensor:
         """(Q, K, D): each group's points in its own slice of D, zeros elsewhere."""
         codes = torch.arange(self.codebook_size, device=self.basis.device)
-        # The codes serve as K frames of one group, (1, K, 1).
-        points = self.values(self.unpack(codes[None, :, None]))[0].T        # (K, d)
+        # The codes serve as K frames of one group, (1, 1, K).
+        points = self.values(self.unpack(codes[None, None]))[0].T           # (K, d)
         groups = torch.eye(self.num_codebooks, device=points.device)
         return torch.kron(groups, points).view(len(groups), -1, self.dim)
 

@@ -925,7 +925,7 @@ def test_scripts_end_bad_input_and_ctrl_c_with_one_line():
     assert not lost.exists()
     for stage, name in ((codec, "train"), (train_asr, "train"), (evaluate, "evaluate")):
         with mock.patch.object(stage, name, side_effect=KeyboardInterrupt):
-            refused("repeat the command to continue (130)", run, stage)
+            refused("repeat the command to finish (130)", run, stage)
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from codec import (SAMPLE_RATE, Codec, LogMel, add_common_flags, files_below, find_audio,
+from codec import (CORPORA, SAMPLE_RATE, Codec, LogMel, add_common_flags, files_below, find_audio,
                    find_subsets, flag_group, mel_window, read_audio, read_lines, read_manifest,
                    refuse_idle, run_stage, save_skipped, start_processes, write_atomically,
                    write_rows)
@@ -55,7 +55,7 @@ class Utterance(NamedTuple):
     lang: str
     speaker: str
     audio: Path
-    duration: float = 0.0       # seconds, after a change of speed; 0 while it is unknown
+    duration: float = 0.0       # seconds, after a change of speed; first what the manifest says
     copy_of: str = ""           # id of the original
     speed: float = 1.0
     equalize: float = 0.0       # deviation of a random gain in each octave, in dB
@@ -69,8 +69,9 @@ def read_subset(folders: list[Path], subset: str) -> tuple[list[Utterance], list
     kept = {}
     skipped = []
     for folder in folders:
-        if (folder / f"{subset}.jsonl").is_file():
-            found = read_rows(folder / f"{subset}.jsonl", skipped)
+        manifest = folder / f"{subset}.jsonl"
+        if manifest.is_file():
+            found = read_rows(manifest, skipped)
         elif any(folder.glob(f"*/*/transcript_{subset}.txt")):
             found = read_ml_superb(folder, subset, skipped)
         else:
@@ -184,9 +185,8 @@ class Noise:
         elif kind == "babble":          # six stretches of other speakers, if there are any
             # Where speakers are unknown, each recording counts as one of its own.
             who = item.speaker or item.audio
-            others = [each for each in self.speech if (each.speaker or each.audio) != who]
-            others = others or self.speech
-            files = [other.audio for other in others]
+            files = [each.audio for each in self.speech if (each.speaker or each.audio) != who]
+            files = files or [each.audio for each in self.speech]
             noise = sum(stretch(files, len(wav), rng) for _ in range(6))
         else:
             noise = stretch(self.files[kind], len(wav), rng)
@@ -204,7 +204,7 @@ def pink(length: int, rng: np.random.Generator) -> Tensor:
 def stretch(files: list[Path], length: int, rng: np.random.Generator) -> Tensor:
     """A random stretch of a random file, repeated where it is too short, at power 1 -> (length,).
 
-    Files that cannot be read, and stretches of silence, are passed over."""
+    Files that cannot be read, and stretches of silence, are skipped."""
     for _ in range(100):
         try:
             path = files[rng.integers(len(files))]
@@ -232,7 +232,7 @@ class Encodec:
         except (ImportError, OSError) as error:
             raise ValueError(f"--codec encodec: {error}; it needs pip install encodec, and the "
                              f"network to fetch its weights")
-        model.set_target_bandwidth(6.0)
+        model.set_target_bandwidth(6.0)         # kbit/s: eight codebooks
         self.model = model.to(device).eval()
         self.sample_rate = model.sample_rate
         self.bitrate = 6000
@@ -257,7 +257,7 @@ class FrontEnd:
         self.device = device
         self.meta = {"features": features, "sample_rate": SAMPLE_RATE, "hop": hop,
                      "codebooks": 0, "codebook_size": 0, "bitrate": 0}
-        # "codec" identifies what makes the input: check_same_tokens compares it.
+        # "codec" identifies what makes the input; check_same_tokens in train_asr.py compares it.
         if features == "mel":
             self.encode = LogMel(mel_window(hop), hop, 80).to(device)
             self.meta |= {"codec": f"mel-{hop}", "dim": 80}
@@ -301,9 +301,9 @@ def read_utterance(noise: Noise, item: Utterance) -> np.ndarray | str:
 
 
 def equalize(wav: Tensor, decibels: float, rng: np.random.Generator) -> Tensor:
-    """As if through another microphone: wav (S,) with a random gain in each octave, normal with
-    this deviation in dB, and linear in between. It begins up to 25 ms later, so that frames
-    fall elsewhere."""
+    """As if through another microphone: wav (S,) with a random gain in each octave, drawn from a
+    normal distribution with this deviation in dB, and interpolated in between. The result begins
+    up to 25 ms later, so that frames fall elsewhere."""
     wav = wav[rng.integers(min(400, len(wav))):]
     length = math.ceil(len(wav) / 4000) * 4000          # of which Fourier transforms are fast
     hz = np.fft.rfftfreq(length, 1 / SAMPLE_RATE).clip(62.5)
@@ -327,8 +327,9 @@ def with_copies(utterances: list[Utterance], args) -> list[Utterance]:
 
 
 def continue_folder(out: Path, meta: dict, args):
-    """Raises ValueError if the folder holds tokens that were made otherwise. A role that this
-    command does not name keeps, in meta, the subsets that an earlier one gave it."""
+    """Raises ValueError if the folder holds tokens that were made otherwise. meta: all that is in
+    meta.json. A role that this command does not name keeps, in meta, the subsets that an earlier
+    one gave it."""
     arrays = {*out.rglob("*.npy")} - {out / "codebooks.npy"}
     if not (out / "meta.json").exists() or not arrays:
         return
@@ -349,7 +350,8 @@ def encode_subset(front_end: FrontEnd, utterances: list[Utterance], noise: Noise
     """Write folder/<id>.npy for each utterance that has none, or whose audio has changed since, and
     say what cannot be read."""
     folder.mkdir(parents=True, exist_ok=True)
-    changed = lambda path: path.stat().st_ctime if path.exists() else 0     # as in `ls -lc`
+    # ctime is also set when a file is moved or copied here.
+    changed = lambda path: path.stat().st_ctime if path.exists() else 0
     todo = [item for item in utterances
             if changed(folder / f"{item.id}.npy") < changed(item.audio)]
     loader = DataLoader(todo, batch_size=None, num_workers=workers,
@@ -472,10 +474,12 @@ def parse(arguments=None):
     if Path(args.codec).name == "encodec" and args.features == "latent":
         parser.error("--features latent needs a codec of ours, not encodec")
     if (min(args.hop, args.copies) < 1 or args.equalize < 0
-            or not all(0.1 <= speed <= 10 for speed in args.speeds)
-            or os.path.realpath(args.out) in map(os.path.realpath, args.corpus)):
+            or not all(0.1 <= speed <= 10 for speed in args.speeds)):
         parser.error("--hop and --copies must be above 0, --equalize not below 0, --speeds between "
-                     "0.1 and 10; --out cannot be a folder of --corpus")
+                     "0.1 and 10")
+    folders = [CORPORA.get(name, (name,))[0] for name in args.corpus]
+    if os.path.realpath(args.out) in map(os.path.realpath, folders):
+        parser.error("--out cannot be a folder of --corpus")
     return args
 
 

@@ -10,8 +10,8 @@ out  runs/asr/asr.pt            the recognizer, in half precision: all that eval
 
 The log lines: `loss` is the CTC loss after the last block in nats per text unit, averaged over the
 epoch; `dev CER` and `dev WER` are error rates of greedy decoding. The line `dropped`, printed once,
-counts training utterances and copies that have no text, that CTC cannot align with theirs, or that
-last more than a minute.
+counts training utterances and copies that have no text, that are too short for CTC to align with
+their text, or that last more than a minute.
 
 Legend: B utterances, T token frames, T' output frames, Q codebooks, D feature size, V text units.
 Dhawan et al., arXiv 2407.03495, section 3. Everything that training needs from the codec is in the
@@ -109,7 +109,7 @@ class TokenSet:
             path = Path(folder) / f"{subset}.jsonl"
             if not path.is_file():
                 raise ValueError(f"{path}: no such file; name another subset, or run "
-                                 f"tokenize_corpus.py to its end")
+                                 f"tokenize_corpus.py to completion")
             for line in tqdm(path.read_text("utf-8").splitlines(), f"reading {subset}",
                              leave=False, disable=None):
                 row = json.loads(line)
@@ -184,7 +184,8 @@ class TrainSet(TokenSet):
             raise ValueError(f"{args.tokens}: nothing to train on; {self.notes}")
 
     def epoch(self, number: int, strength: float) -> list[list[int]]:
-        """Batches of utterance numbers, the same for the same seed, epoch and strength."""
+        """Batches of utterance numbers, the same for the same seed, epoch and strength, which is
+        that of the curriculum: 0 for no noisy copies, 1 for the full share."""
         rng = np.random.default_rng((self.seed, number))
         picked = []
         for clean, noisy in self.variants.values():
@@ -229,7 +230,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose steps are made orthogonal: all directions of a matrix learn equally fast.
 
     Jordan et al., 2024 (kellerjordan.github.io/posts/muon). torch.optim.Muon takes the matrices one
-    by one, and always in bfloat16; on a CPU without it, that takes two thirds of a step's time.
+    by one, and always in bfloat16; on a CPU without that, it takes two thirds of a step's time.
     """
 
     def __init__(self, matrices: Iterable[nn.Parameter], lr: float):
@@ -240,11 +241,12 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:             # N matrices of one shape
+        for group in self.param_groups:             # N matrices, of R rows and C columns each
             grad = torch.stack([matrix.grad for matrix in group["params"]])         # (N, R, C)
             state = self.state[group["params"][0]]
-            momentum = state.setdefault("momentum", torch.zeros_like(grad))
-            momentum.lerp_(grad, 0.05)              # the mean of about 20 steps
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(grad)
+            momentum = state["momentum"].lerp_(grad, 0.05)      # the mean of about 20 steps
             ahead = grad.lerp(momentum, 0.95)       # Nesterov's look ahead
             steps = orthogonal(ahead.to(fast_dtype(grad.device)))
             scale = max(1.0, grad.shape[1] / grad.shape[2]) ** 0.5
@@ -384,6 +386,7 @@ def resume_recognizer(path: Path, args, meta: dict) -> dict | None:
         return None
     saved = load_checkpoint(path, "asr")
     check_same_flags(path, saved["flags"], args)
+    # All that made the tokens; test subsets may come and go.
     check_same_tokens(path, saved["meta"], args.tokens, meta,
                       sorted(meta.keys() - {"test", "codec_path"}))
     return saved
@@ -398,7 +401,7 @@ def train(args):
         for name in "embedding", "aggregate", "codebooks", "codebook_masks", "replace":
             if getattr(args, name) != getattr(defaults, name):
                 raise ValueError(f"--{name.replace('_', '-')} has no effect on {meta['features']}")
-    # The checkpoint names its codec relative to itself.
+    # In the token folder, the codec's path is relative to it; in the checkpoint, to the checkpoint.
     codec = Path(args.tokens) / meta["codec_path"]
     meta["codec_path"] = os.path.relpath(codec.resolve(), out.resolve())
     saved = resume_recognizer(out / "resume.pt", args, meta)
@@ -504,7 +507,7 @@ def parse(arguments=None):
     add = flag_group(parser, "augmentation of the training input")
     add("--time-masks", 8, "spans of time hidden, each up to 5%% of the utterance and 0.2 s")
     add("--codebook-masks", 0, "codebooks hidden, each for up to half of an utterance")
-    add("--feature-masks", 1, "bands of the embedding hidden, each up to a third")
+    add("--feature-masks", 1, "bands of the embedding hidden, each up to a third of it")
     add("--replace", 0.0, "share of tokens replaced by random codes")
     add("--noisy-embedding", 0.0,
         "standard deviation of noise on the embedding, relative to its own, such as 0.3")
