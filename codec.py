@@ -804,14 +804,15 @@ def check_sound(path: str | Path, wav: np.ndarray, wanted: int, rate: int):
 def find_subsets(corpora: list[str], **asked: list[str]) -> dict:
     """Several corpora, read as one -> {role: {subset: [folders that have it]}}.
 
-    asked: the names of the subsets for the roles train, dev and test. Each of them must exist. An
-    empty list stands for the usual ones, as far as they exist. Each corpus must have some subset.
+    asked: the names of the subsets for the roles train, dev and test. Each of them must exist in
+    some corpus. An empty list stands for the usual ones that exist. Each corpus must have some
+    subset.
     """
     found = {role: {} for role in asked}
     for corpus in corpora:
         name, usual = CORPORA.get(corpus, (corpus, USUAL))
         folder = Path(name)
-        wanted = [(role, subset) for role in asked for subset in asked[role] or usual[role]]
+        wanted = [(role, subset) for role in asked for subset in (asked[role] or usual[role])]
         subsets = [subset for _, subset in wanted]
         prepare(corpus, folder, subsets)
         there = [(role, subset) for role, subset in wanted if find_audio(folder, subset)]
