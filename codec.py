@@ -742,8 +742,9 @@ def reconstruct(args):
 # Formats that soundfile reads, and some that it does not read, which are reported, not ignored.
 AUDIO = tuple(""".flac .wav .mp3 .ogg .opus .aiff .aif .au .caf .w64
                  .m4a .mp4 .webm .wma .aac .amr .3gp""".split())
-# Named corpora: their folder, and their usual subsets. Any other name is a folder.
+# The usual subsets of any folder, unless it is a named corpus.
 USUAL = {"train": ["train"], "dev": ["dev"], "test": ["test"]}
+# Named corpora: their folder, and their usual subsets. Any other name is a folder.
 CORPORA = {
     "synthetic": ("data/synthetic", USUAL),
     "mini-librispeech": ("data/LibriSpeech", {

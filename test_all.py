@@ -256,8 +256,8 @@ def test_adversarial_training_of_a_finished_codec_changes_its_decoder_alone():
                                 side_effect=ResidualVQ.random_depth) as depth,
               mock.patch.object(codec, "Crops", side_effect=codec.Crops) as crops):
             run(codec, *flags, "--out", out)
-        (files, *used), (dev_files,) = (call.args for call in crops.call_args_list)
-        assert (files[0].parts[-4], *used, dev_files[0].parts[-4]) == ("train", 0, 1600, 2, "dev")
+        used = [(a[0][0].parts[-4], *a[1:], *more.values()) for _, a, more in crops.mock_calls]
+        assert used == [("train", 0, 1600, 2), ("dev", 0, 40_000, 32)]  # seed, samples, batch
         assert [call.args[0].training for call in depth.call_args_list] == depths
         assert {"adversarial", "matching"} < read_rows(out / "log.jsonl")[0].keys()
         before, after = Codec.load(path), Codec.load(out / "codec.pt")
@@ -371,7 +371,7 @@ def test_random_depth_leaves_each_utterance_its_first_codebooks():
         assert torch.equal(quantizer.embed, before)
         for tokens, latent in zip(result.tokens, result.latent):
             first = [quantizer.decode(tokens[None, :n])[0] for n in (1, 2, 3, 4)]
-            depths |= {n for n in range(4) if torch.allclose(latent, first[n], atol=1e-4)}
+            depths |= {[torch.allclose(latent, each, atol=1e-4) for each in first].index(True)}
         assert depths == {0, 1, 2, 3}
     quantizer.dropout = 0.5                             # of half of the utterances
     depth = quantizer.random_depth(8000).float()
