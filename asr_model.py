@@ -46,7 +46,7 @@ class Augment:
     # (arXiv 2310.05914) draws from -a to a, with a = alpha / sqrt(T * D), whose deviation is
     # a / sqrt(3): with T = 400 and D = 128, 0.3 is an alpha of 118.
     noisy_embedding: float = 0.0
-    strength: float = 1.0           # 0 to 1: the curriculum's ramp over all of the above
+    strength: float = 1.0           # 0 to 1, from the curriculum: scales widths, shares, noise
 
     def spans(self, steps: int, lengths: Tensor, count: int, widest: Tensor) -> Tensor:
         """True inside `count` random spans of each utterance, each up to `widest` steps long.
@@ -195,8 +195,8 @@ class CodecASR(nn.Module):
         log_probs, out_len = model(tokens, token_len)   # (B, T, Q), (B,) -> (B, T', V), (B,)
     """
 
-    def __init__(self, vocab_size: int, num_codebooks: int = 8, codebook_size: int = 1024,
-                 dim: int = 128, aggregate: str = "sum", size: str = "small", subsampling: int = 1):
+    def __init__(self, vocab_size: int, num_codebooks: int, codebook_size: int, dim: int,
+                 aggregate: str = "sum", size: str = "tiny", subsampling: int = 1):
         """num_codebooks 0: the input is features (B, T, dim). subsampling: 1, 2 or 4."""
         super().__init__()
         width, layers, dropout = SIZES[size]

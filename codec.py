@@ -5,7 +5,7 @@ out  runs/codec/codec.pt        the codec, in half precision: all that the other
      runs/codec/resume.pt       the state of training; the same command continues from it
      runs/codec/report.json     how well the codec reproduces 32 random pieces of dev audio
      runs/codec/log.jsonl       the losses, every 100 steps
-     runs/codec/skipped.txt     audio that the first process could not read since the last start
+     runs/codec/skipped.txt     files that process 0 could not read in the latest run
 
     python codec.py                                               # synthetic speech, a few minutes
     python codec.py --corpus mini-librispeech --steps 6000 --batch 16 --out runs/mini/codec
@@ -62,8 +62,8 @@ from quantizers import GroupFSQ, Quantized, ResidualVQ, usage_and_perplexity
 
 SAMPLE_RATE = 16_000
 
-# Channels of the time encoder's first layer, of the mel encoder, and of the decoder; blocks in each
-# of the last two. `tiny` and `small` train on a laptop; `base` needs a GPU.
+# Channels of the time encoder's first layer, of the mel encoder, and of the decoder; blocks of the
+# mel encoder, and of the decoder. `tiny` and `small` train on a laptop; `base` needs a GPU.
 SIZES = {"tiny": (16, 128, 128, 2), "small": (32, 192, 256, 4), "base": (64, 384, 512, 6)}
 
 
@@ -410,7 +410,7 @@ def write_rows(path: Path, rows: list[dict]):
 
 def save_run(out: Path, state: dict, **more):
     """Write <kind>.pt, the state with weights in half precision, for the next stages; resume.pt, in
-    full precision and with what else resuming needs; and the log."""
+    full precision and with all else that resuming needs; and the log."""
     weights = {name: value.half() if value.is_floating_point() else value
                for name, value in state["model"].items()}
     save = lambda path, checkpoint: torch.save(checkpoint, path)
@@ -454,7 +454,8 @@ def check_same_flags(path: Path, flags: dict, args):
 
 def flag_group(parser: ArgumentParser, title: str) -> Callable:
     """-> add(name, default, text, **more), for the flags of a group. A flag has the type of its
-    default; a list takes several words, which are names or paths, unless `more` has a type."""
+    default; a list takes several words: paths, or names (read like paths), unless `more` has
+    a type."""
     group = parser.add_argument_group(title)
 
     def add(name, default, text, **more):
@@ -534,7 +535,7 @@ class Crops:
     def __getitem__(self, number: int) -> Tensor:
         """-> wav (length,). A file that cannot be read is replaced by another."""
         rng = np.random.default_rng((self.seed, number))
-        for _ in range(20 * len(self.files)):       # a damaged file may be readable elsewhere
+        for _ in range(20 * len(self.files)):       # another part of a damaged file may do
             path = self.files[rng.integers(len(self.files))]
             try:
                 wav = read_audio(path, self.length / SAMPLE_RATE, at=rng.random())
@@ -591,7 +592,7 @@ def log_row(recent: list[tuple], codec: Codec) -> dict:
 
 
 def resume_codec(out: Path, args) -> dict | None:
-    """The state to continue from, if any; `train` lists what it holds.
+    """The state to continue from, if any: what `train` saves.
 
     `--adversarial` on a codec that was finished without it trains its decoder alone, in a new run
     with its own --steps, --batch and so on.

@@ -192,7 +192,7 @@ class Score:
         self.char_counts = count_errors(jiwer.process_characters, self.refs, self.texts)
         self.speakers = [row["speaker"] or row["id"] for row in rows]
         # The bootstrap draws speakers, or utterances where there are fewer than five speakers.
-        # groups (N,): the number of the speaker, or utterance, with which each one is drawn.
+        # groups (N,): for each utterance, the number of its speaker, or its own.
         drawn = self.speakers if len(set(self.speakers)) >= 5 else range(len(rows))
         self.groups = np.unique(drawn, return_inverse=True)[1]
 
@@ -245,8 +245,8 @@ def interval(rates: np.ndarray) -> list[float]:
 
 
 def cer_difference(score: Score, base: Score, seed: int) -> list[float]:
-    """Interval of the CER minus that of base. One seed draws the same speakers, or utterances, for
-    both."""
+    """Interval of the CER of score minus the CER of base. One seed draws the same speakers, or
+    utterances, for both."""
     cers = resampled(score.char_counts, base.groups, seed)
     return interval(cers - resampled(base.char_counts, base.groups, seed))
 
@@ -333,8 +333,9 @@ def conditions(run: Recognizer, data: TokenSet, args) -> Iterator[tuple]:
 
 
 def load(path: str | Path, args) -> Recognizer:
-    return Recognizer(path, args.device, args.lm, args.codec, args.beam, args.lm_weight,
-                      args.word_score, args.prior_weight)
+    return Recognizer(path, args.device, lm=args.lm, codec=args.codec, beam=args.beam,
+                      lm_weight=args.lm_weight, word_score=args.word_score,
+                      prior_weight=args.prior_weight)
 
 
 def evaluate(args):

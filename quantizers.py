@@ -58,7 +58,7 @@ class ResidualVQ(nn.Module):
     # to Q, so that the first n alone are a valid codec of a lower bitrate (SoundStream, section
     # III-C).
     dropout = 0.5
-    learning = True     # False: frozen, while a decoder learns alone (codec.py --adversarial)
+    learning = True     # False: frozen, while a decoder learns alone
 
     def __init__(self, dim: int = 128, num_codebooks: int = 8, codebook_size: int = 1024):
         super().__init__()
@@ -96,7 +96,7 @@ class ResidualVQ(nn.Module):
             loss += (error * active).sum() / active.sum().clamp(min=1)
             if self.training and self.learning:
                 self.update(level, residual, index, active)
-            # Also for inactive frames: `update` may move a dead code to any of them.
+            # Inactive frames, too: on the next level, `update` may move a dead code to one.
             residual = residual - code
 
         # One straight-through on the sum: one per level would multiply the gradient by Q.
@@ -147,7 +147,7 @@ class ResidualVQ(nn.Module):
                 centers = torch.where(count[:, None] > 0, mean, centers)
             residual = residual - centers[nearest(residual, centers)]
             self.embed[level] = centers
-            self.ema_sum[level] = centers
+            self.ema_sum[level] = centers       # of one frame each, as ema_count is 1
 
     def sums(self, frames: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Number and sum of the frames of each code: (N, D), (N,) -> (K,), (K, D)."""

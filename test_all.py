@@ -293,10 +293,11 @@ def test_two_processes_learn_what_one_learns():
     done = subprocess.run(command, env=os.environ | more, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     with mock.patch.object(train_asr, "fast_dtype", lambda device: torch.float32):
+        augmented = made(train_asr, *reading, "--replace", 0.3, "--curriculum", 0, "--seed", 1)
         one = made(train_asr, *reading)
-    logs = [read_rows(path / "log.jsonl") for path in (one, two / "asr")]
-    for alone, shared in zip(*logs, strict=True):
-        assert math.isclose(alone["loss"], shared["loss"], rel_tol=1e-4), (alone, shared)
+    losses = lambda path: [row["loss"] for row in read_rows(path / "log.jsonl")]
+    found, stored = losses(one) + losses(augmented), [4.4062, 2.6127, 4.1253, 2.1544]
+    assert np.allclose(losses(one), losses(two / "asr"), 1e-4) and np.allclose(found, stored, 1e-3)
     books = torch.load(two / "books1.pt", weights_only=True)["model"]
     assert same_weights(two / "books0.pt", books)       # RVQ's, with revived codes
 
@@ -357,9 +358,7 @@ def test_codes_without_use_die_after_53_steps_and_move_to_the_data_each_to_its_o
 
 
 def test_kmeans_leaves_no_zero_or_double_code_at_deep_levels():
-    quantizer = ResidualVQ(16, num_codebooks=8, codebook_size=32)
-    quantizer.initialize(noise(8 * 32, 16))
-    for book in quantizer.codebooks():
+    for book in make_rvq(16, 8, 32).codebooks():
         assert book.norm(dim=1).min() > 1e-3 and torch.pdist(book).min() > 1e-4
 
 
@@ -384,7 +383,7 @@ def test_networks_and_losses_give_the_stored_values_and_one_frame_per_hop():
     judge = codec.Discriminator()
     losses = codec.generator_losses(judge, wav, other).values()
     losses = *losses, codec.MelDistance()(wav, other), codec.discriminator_loss(judge, wav, other)
-    close(torch.stack(losses), torch.tensor([0.9933, 0.2757, 0.6638, 0.9939]), 1e-3)
+    close(torch.stack(losses), torch.tensor([0.9933, 0.2757, 0.6638, 0.9939]), 1e-4)
     for kind, hop in product(FOUR, (400, 200)):
         model = Codec(*kind, strides=(2, 4, 5, hop // 40))
         made = model.decoder(noise(2, model.quantizer.dim, 40))
@@ -414,8 +413,8 @@ def test_fingerprint_follows_from_the_flags_and_changes_with_the_encoder_alone()
     one, other = Codec.load(small_codec()), Codec.load(small_codec())
     other.load_state_dict({name: value.half() for name, value in one.state_dict().items()})
     next(other.decoder.parameters()).data += 0.01
-    report = read_json(small_codec().with_name("report.json"))
-    assert one.fingerprint == other.fingerprint == report["fingerprint"]
+    assert one.fingerprint == other.fingerprint
+    assert one.fingerprint == read_json(small_codec().with_name("report.json"))["fingerprint"]
     next(other.encoder.parameters()).data += 0.01
     assert one.fingerprint != other.fingerprint
     first, again = small_codec("mel", "rvq"), small_codec.__wrapped__("mel", "rvq")     # not cached
@@ -457,27 +456,28 @@ def test_no_voice_and_no_sentence_is_in_two_subsets():
         subset, speaker = path.relative_to(home).parts[:2]
         for name in (speaker, *(line.split(" ", 1)[1] for line in path.read_text().splitlines())):
             assert owner.setdefault(name, subset) == subset
-    assert set(owner.values()) == {"train", "dev", "test"}
+    assert [[*owner.values()].count(name) for name in ("train", "dev", "test")] == [620, 63, 104]
 
 
 def test_download_is_checked_and_unpacked_inside_its_folder():
-    def download(home, member, md5=""):         # a train-clean-5 that also has this member
-        archive = home / "31" / "train-clean-5.tar.gz"
+    def download(home, member, md5="", number="31", subset="train-clean-5"):    # with this member
+        archive = home / number / f"{subset}.tar.gz"
         archive.parent.mkdir(exist_ok=True)
         with tarfile.open(archive, "w:gz") as tar:
-            for name in ("LibriSpeech/train-clean-5/1/1/1-1-0000.flac", member):
+            for name in (f"LibriSpeech/{subset}/1/1/1-1-0000.flac", member):
                 tar.addfile(tarfile.TarInfo(name), io.BytesIO())
-        md5 = {"train-clean-5": md5 or hashlib.md5(archive.read_bytes()).hexdigest()}
+        md5 = {subset: md5 or hashlib.md5(archive.read_bytes()).hexdigest()}
         serve = partial(http.server.SimpleHTTPRequestHandler, directory=home)
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         with (mock.patch.multiple(codec, OPENSLR=f"http://127.0.0.1:{server.server_port}", MD5=md5),
               redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO())):
-            codec.fetch_librispeech(home / "data", "train-clean-5")
+            codec.fetch_librispeech(home / "data", subset)
     home = new_folder()
     refused("checksum", download, home, "README.TXT", "0" * 32)
     assert not [path for path in home.rglob("data/**/*") if path.is_file()]
     download(home, "README.TXT")
+    download(new_folder(), "README.TXT", "", "12", "test-other")
     assert [path.name for path in home.rglob("data/**/*.*")] == ["1-1-0000.flac"]
     with suppress(ValueError, tarfile.TarError):
         download(new_folder(), "../../evil.txt")
@@ -576,8 +576,10 @@ def test_noise_and_equalization_are_as_strong_as_asked_and_follow_from_seed_and_
         ratio = wav.square().mean() / (noisy - wav).square().mean()
         assert abs(10 * torch.log10(ratio) - 7) < 0.01, kind
         assert torch.equal(add(wav, item), noisy), kind
-        for other in (seeded(wav, item), add(wav, item._replace(id="b"))):
-            assert not torch.equal(other, noisy), kind
+        assert not any(map(noisy.equal, (seeded(wav, item), add(wav, item._replace(id="b"))))), kind
+    mine = [each._replace(speaker="me") for each in speech[:3]]
+    few, more = (Noise(["babble"], [7, 7], mix, 0) for mix in (speech[3:], speech[3:] + mine))
+    assert few(wav, mine[0]).equal(more(wav, mine[0]))                   # no babble of one's own
     rng, again = (np.random.default_rng(3) for _ in range(2))
     click = tokenize_corpus.equalize(torch.arange(20_000).eq(9000).float(), 5.0, rng)
     late, gain = again.integers(400), 20 * torch.fft.rfft(click, 20_000).abs().log10().double()
@@ -669,7 +671,7 @@ def test_embedding_starts_as_the_quantized_latent():
         close(emb, {"sum": latent, "stack": rows}[name], 1e-4)
 
 
-def test_augmentation_has_the_strength_asked_for_and_stays_out_of_evaluation():
+def test_augmentation_is_as_strong_as_asked_within_the_utterance_and_not_in_evaluation():
     model, inputs = make_asr(), (torch.randint(20, (2, 50, 3)), torch.tensor([50, 20]))
     plain = model(*inputs)[0]
     model.augment = Augment(4, 8, 2, 2, replace=0.5, noisy_embedding=1.0)
@@ -681,9 +683,6 @@ def test_augmentation_has_the_strength_asked_for_and_stays_out_of_evaluation():
     close(torch.stack([noisy.mean(), noisy.std()]), torch.tensor([0.0, 0.3]), 0.01)
     codes = Augment(replace=0.3).replace_codes(torch.full((9, 900, 8), -1), 1000)
     close((codes >= 0).float().mean(), torch.tensor(0.3), 0.01)
-
-
-def test_masks_hide_codebooks_frames_and_bands_within_the_utterance():
     lengths, ones = torch.tensor([100] * 20 + [200] * 20), torch.ones(40, 200, 8)
     spans = Augment().spans(200, lengths, 300, lengths / 4)             # (B, n, T)
     assert (spans.sum(2) <= 0.25 * lengths[:, None] + 1).all() and not spans[:20, :, 100:].any()
@@ -914,9 +913,10 @@ def test_scripts_end_bad_input_and_ctrl_c_with_one_line():
             (codec, "--train lost: no such subset", *speech, "--train", "lost"),
             (tokenize_corpus, "no such subset", *speech, "--test", corpus() / "test", *MEL),
             (codec, "most 8192", *RVQ, "--codebook-size", 9000), (codec, "seed", "--seed", 10**9),
-            (tokenize_corpus, "needs a dev subset", *no_dev, *MEL),
+            (tokenize_corpus, "needs a dev subset", *no_dev, *MEL), (codec, "above 0", "--lr", 0),
             (train_asr, "without a language", "--tokens", letters(), "--lang-token"),
             (train_asr, "no effect on mel", "--tokens", tokens_with_copies(), "--replace", 0.1),
+            (train_asr, "vocab_size", "--tokens", letters(), "--units=bpe", "--vocab-size", 2),
             (train_asr, "at least 0", "--time-masks", -1), (train_asr, "above 0", "--epochs", 0),
             (tokenize_corpus, "a folder of --corpus", *MEL, "--corpus", os.path.relpath(lost)),
             (evaluate, "trained on codec", "--asr", asr, "--tokens", letters()),

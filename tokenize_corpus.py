@@ -15,8 +15,8 @@ my-corpus holds subsets train, dev and test in one of three layouts: LibriSpeech
 manifests such as train.jsonl, with a line {"audio_filepath": "a.wav", "text": "GUTEN TAG"} for each
 file, optionally with "lang" and "speaker"; or ML-SUPERB's <dataset>/<lang>/transcript_train.txt.
 Test subsets alone are enough for evaluate.py. The same command continues an interrupted run, and
-re-encodes recordings that are newer than their tokens. Where a link or a manifest now names older
-recordings under the same ids, give another --out.
+re-encodes recordings that are newer than their tokens. It does not notice that an id now stands for
+an older recording: then give another --out.
 
 Legend: S samples, T token frames, Q codebooks, K codes, D feature size.
 Dhawan et al., arXiv 2407.03495, section 3: the recognizer never sees audio, only these files.
@@ -55,7 +55,7 @@ class Utterance(NamedTuple):
     lang: str
     speaker: str
     audio: Path
-    duration: float = 0.0       # seconds, after a change of speed; first what the manifest says
+    duration: float = 0.0       # seconds, at `speed`; what the manifest says, until it is measured
     copy_of: str = ""           # id of the original
     speed: float = 1.0
     equalize: float = 0.0       # deviation of a random gain in each octave, in dB
@@ -305,7 +305,7 @@ def equalize(wav: Tensor, decibels: float, rng: np.random.Generator) -> Tensor:
     normal distribution with this deviation in dB, and interpolated in between. The result begins
     up to 25 ms later, so that frames fall elsewhere."""
     wav = wav[rng.integers(min(400, len(wav))):]
-    length = math.ceil(len(wav) / 4000) * 4000          # of which Fourier transforms are fast
+    length = math.ceil(len(wav) / 4000) * 4000          # a length with a fast FFT
     hz = np.fft.rfftfreq(length, 1 / SAMPLE_RATE).clip(62.5)
     octaves = np.log2(hz / 62.5)                                            # 0 to 7
     gain = torch.from_numpy(np.interp(octaves, range(8), rng.normal(0, decibels, 8)))
@@ -328,8 +328,8 @@ def with_copies(utterances: list[Utterance], args) -> list[Utterance]:
 
 def continue_folder(out: Path, meta: dict, args):
     """Raises ValueError if the folder holds tokens that were made otherwise. meta: all that is in
-    meta.json. A role that this command does not name keeps, in meta, the subsets that an earlier
-    one gave it."""
+    meta.json. It is changed: a role that this command does not name keeps the subsets that an
+    earlier command gave it."""
     arrays = {*out.rglob("*.npy")} - {out / "codebooks.npy"}
     if not (out / "meta.json").exists() or not arrays:
         return
@@ -390,6 +390,7 @@ def list_subset(out: Path, subset: str, utterances: list[Utterance], skipped: li
 def tokenize(args):
     device, rank, world = start_processes(args.device)
     out = Path(args.out)
+    # {"train": {"train-clean-5": [folders that have it]}, "dev": ...}
     corpus = find_subsets(args.corpus, train=args.train, dev=args.dev, test=args.test)
     front_end = FrontEnd(args.features, args.codec, args.hop, str(device))
     meta = front_end.meta | {role: list(subsets) for role, subsets in corpus.items()}
@@ -398,7 +399,7 @@ def tokenize(args):
         "codec_path": os.path.relpath(Path(args.codec).resolve(), out.resolve()),
         "corpus": args.corpus, "speeds": args.speeds, "equalize": args.equalize,
         "noise": args.noise, "snr": args.snr, "copies": args.copies, "seed": args.seed}
-    continue_folder(out, meta, args)
+    continue_folder(out, meta, args)        # may change the subsets in meta
     if meta["train"] and not meta["dev"]:
         raise ValueError(f"{', '.join(args.corpus)}: train_asr.py needs a dev subset beside "
                          f"{', '.join(meta['train'])}; name one with --dev")
@@ -414,7 +415,7 @@ def tokenize(args):
                 continue
             utterances, skipped = read_subset(folders, subset)
             noise = Noise(args.noise, args.snr, utterances, args.seed)
-            # Whatever its role in this command: an earlier one may have called it train.
+            # Whatever its role in this command: an earlier command may have called it train.
             if subset in meta["train"]:
                 utterances = with_copies(utterances, args)
             encode_subset(front_end, utterances[rank::world], noise, out / subset, args.workers)
@@ -453,8 +454,8 @@ def parse(arguments=None):
     add = flag_group(parser, "copies of the train subsets")
     add("--speeds", [], "copies at these speeds, such as 0.9 1.1", type=float)
     add("--equalize", 0.0,
-        "deviation in dB of a random gain in each octave of these copies, which then also begin "
-        "up to 25 ms later")
+        "deviation in dB of a random gain in each octave of the --speeds copies, which then also "
+        "begin up to 25 ms later")
     add("--noise", [], "copies in noise: white, pink, babble, or folders of audio")
     add("--snr", [0.0, 20.0], "range of their signal-to-noise ratio in dB",
         nargs=2, type=float, metavar=("LOW", "HIGH"))

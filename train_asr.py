@@ -68,8 +68,7 @@ def train_units(rows: list[dict], args) -> bytes:
             unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1,
             user_defined_symbols=[f"<|{name}|>".replace(" ", "\u2581") for name in languages])
     except RuntimeError as error:
-        raise ValueError(f"--units {args.units} --vocab-size {args.vocab_size}: "
-                         f"{str(error).splitlines()[-1]}")
+        raise ValueError(f"--units {args.units} --vocab-size {args.vocab_size}: {error}")
     shared = [model.getvalue()]
     if dist.is_initialized():
         dist.broadcast_object_list(shared)
@@ -102,7 +101,7 @@ class TokenSet:
     """The utterances of some subsets, their arrays in memory."""
 
     def __init__(self, folder: str | Path, subsets: list[str], codebooks: int = 0, copies=False):
-        """codebooks: only the first N, 0 for all; copies: at other speeds and in noise, too."""
+        """codebooks: only the first N, 0 for all; copies: also at other speeds and in noise."""
         self.rows = []
         self.arrays = []                            # (T, Q) or (T, D) each
         for subset in subsets:
@@ -157,6 +156,7 @@ class TrainSet(TokenSet):
             raise ValueError(f"{args.tokens}: no train subset; give tokenize_corpus.py a --train")
         super().__init__(args.tokens, meta["train"], args.codebooks, copies=True)
         self.seed = args.seed
+        # --batch is in seconds.
         self.batch_frames = round(args.batch * meta["sample_rate"] / meta["hop"])
         units_model = units_model or train_units(self.rows, args)
         self.units = SentencePieceProcessor(model_proto=units_model)
@@ -184,8 +184,8 @@ class TrainSet(TokenSet):
             raise ValueError(f"{args.tokens}: nothing to train on; {self.notes}")
 
     def epoch(self, number: int, strength: float) -> list[list[int]]:
-        """Batches of utterance numbers, the same for the same seed, epoch and strength, which is
-        that of the curriculum: 0 for no noisy copies, 1 for the full share."""
+        """Batches of utterance numbers, the same for the same seed, epoch and strength,
+        which is the curriculum's: 0 means no noisy copies, 1 their full share."""
         rng = np.random.default_rng((self.seed, number))
         picked = []
         for clean, noisy in self.variants.values():
@@ -201,7 +201,7 @@ class TrainSet(TokenSet):
 
 def make_optimizers(model: CodecASR, args) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for the rest; each group of parameters keeps its
-    peak learning rate as `peak`."""
+    peak learning rate as `peak`, of which `train` takes a share at each step."""
     matrices = []
     tables = []
     others = []
