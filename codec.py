@@ -369,9 +369,9 @@ def generator_losses(discriminator: Discriminator, wav: Tensor, made: Tensor) ->
         real = discriminator(wav)
     scores = []
     matching = []
-    for theirs, ours in zip(real, discriminator(made)):
-        scores.append((ours[-1] - 1).square().mean())
-        matching += [F.l1_loss(a, b) / b.abs().mean() for a, b in zip(ours[:-1], theirs)]
+    for of_wav, of_made in zip(real, discriminator(made)):          # the last output is the score
+        scores.append((of_made[-1] - 1).square().mean())
+        matching += [F.l1_loss(a, b) / b.abs().mean() for a, b in zip(of_made[:-1], of_wav)]
     return {"adversarial": sum(scores) / len(scores), "matching": sum(matching) / len(matching)}
 
 

@@ -110,8 +110,8 @@ class Recognizer:
         for start in range(0, -(-array.shape[1] // factor), piece):
             first = max(0, start - context)
             part = array[:, first * factor:(start + piece + context) * factor]
-            log_probs, _ = self.model(part, torch.tensor([part.shape[1]], device=self.device))
-            parts.append(log_probs[:, start - first:start - first + piece].cpu())
+            read, _ = self.model(part, torch.tensor([part.shape[1]], device=self.device))
+            parts.append(read[:, start - first:start - first + piece].cpu())
         return torch.cat(parts, 1)
 
     def recognize(self, tokens: Tensor) -> str:

@@ -92,6 +92,8 @@ codec              time encoder, RVQ                runs/study/time            r
 codec              time encoder, FSQ                runs/study/time-fsq        runs/study/baseline
 codec              EnCodec, 3 kbit/s                runs/study/encodec         runs/study/baseline
 masks              the default ones                 runs/quick/masks           runs/study/baseline
+masks              none, 30 epochs, equalized       runs/masks/none            -
+masks              the default ones, 30 epochs      runs/masks/default         runs/masks/none
 noise              tokens                           runs/study/baseline        -
 noise              log-mel                          runs/study/log-mel         -
 noise              tokens, trained in pink noise    runs/study/pink            runs/study/baseline

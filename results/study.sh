@@ -99,6 +99,10 @@ quick)          # 80: 12 epochs with the default masks
 quick-mel)      # 75: the same on log-mel
     seeds runs/quick/masks-mel runs/mini/mel --epochs 12
     ;;
+masks-30)       # 130: 30 epochs on equalized copies, without masks and with the default ones, one seed
+    seed 0 runs/masks/none runs/mini/tokens-eq --epochs 30 --time-masks 0 --feature-masks 0
+    seed 0 runs/masks/default runs/mini/tokens-eq --epochs 30
+    ;;
 baseline)       # 80: what the others are compared with
     asr baseline runs/mini/tokens
     ;;
