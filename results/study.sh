@@ -190,6 +190,7 @@ codebooks-4)    # 80
     asr 80hz runs/study/tokens-80hz --subsampling 2
     ;;
 untrained)      # 95: a codec of random filters; its codebooks and BatchNorm have settled
+    # Here and in steps-1500, our seed 1 was that of a second codec, too.
     codec untrained --steps 60 --lr 1e-9
     tokens untrained runs/study/codec-untrained
     asr untrained runs/study/tokens-untrained
