@@ -413,8 +413,8 @@ def test_fingerprint_follows_from_the_flags_and_changes_with_the_encoder_alone()
     one, other = Codec.load(small_codec()), Codec.load(small_codec())
     other.load_state_dict({name: value.half() for name, value in one.state_dict().items()})
     next(other.decoder.parameters()).data += 0.01
-    assert one.fingerprint == other.fingerprint
-    assert one.fingerprint == read_json(small_codec().with_name("report.json"))["fingerprint"]
+    report = read_json(small_codec().with_name("report.json"))
+    assert one.fingerprint == other.fingerprint == report["fingerprint"]
     next(other.encoder.parameters()).data += 0.01
     assert one.fingerprint != other.fingerprint
     first, again = small_codec("mel", "rvq"), small_codec.__wrapped__("mel", "rvq")     # not cached
@@ -579,7 +579,7 @@ def test_noise_and_equalization_are_as_strong_as_asked_and_follow_from_seed_and_
         assert not any(map(noisy.equal, (seeded(wav, item), add(wav, item._replace(id="b"))))), kind
     mine = [each._replace(speaker="me") for each in speech[:3]]
     few, more = (Noise(["babble"], [7, 7], mix, 0) for mix in (speech[3:], speech[3:] + mine))
-    assert few(wav, mine[0]).equal(more(wav, mine[0]))                   # no babble of one's own
+    assert few(wav, mine[0]).equal(more(wav, mine[0]))                  # no babble of one's own
     rng, again = (np.random.default_rng(3) for _ in range(2))
     click = tokenize_corpus.equalize(torch.arange(20_000).eq(9000).float(), 5.0, rng)
     late, gain = again.integers(400), 20 * torch.fft.rfft(click, 20_000).abs().log10().double()

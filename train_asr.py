@@ -101,7 +101,7 @@ class TokenSet:
     """The utterances of some subsets, their arrays in memory."""
 
     def __init__(self, folder: str | Path, subsets: list[str], codebooks: int = 0, copies=False):
-        """codebooks: only the first N, 0 for all; copies: also at other speeds and in noise."""
+        """codebooks: only the first N, 0 for all; copies: also those of the utterances."""
         self.rows = []
         self.arrays = []                            # (T, Q) or (T, D) each
         for subset in subsets:
@@ -184,8 +184,8 @@ class TrainSet(TokenSet):
             raise ValueError(f"{args.tokens}: nothing to train on; {self.notes}")
 
     def epoch(self, number: int, strength: float) -> list[list[int]]:
-        """Batches of utterance numbers, the same for the same seed, epoch and strength,
-        which is the curriculum's: 0 means no noisy copies, 1 their full share."""
+        """Batches of utterance numbers, the same for the same seed, epoch and strength. Strength is
+        the curriculum's: 0 means no noisy copies, 1 their full share."""
         rng = np.random.default_rng((self.seed, number))
         picked = []
         for clean, noisy in self.variants.values():
