@@ -52,6 +52,7 @@ recipe             22 epochs, unequalized, tokens   runs/plain/asr             r
 recipe             22 epochs, unequalized, log-mel  runs/plain/asr-mel         runs/headline/asr-mel
 recipe             the older one, tokens            runs/old/headline          runs/plain/asr
 recipe             the older one, log-mel           runs/old/headline-mel      runs/plain/asr-mel
+more speech        9.5 hours, in half the steps     runs/headline/more         runs/headline/asr
 equalized copies   tokens: against plain copies     runs/study/equalized       runs/study/baseline
 equalized copies   log-mel: against plain copies    runs/study/equalized-mel   runs/study/log-mel
 equalized copies   tokens: against log-mel          runs/study/equalized    runs/study/equalized-mel
@@ -113,7 +114,6 @@ content            RVQ                              runs/study/baseline        -
 content            FSQ                              runs/study/fsq             -
 input, older       log-mel, 100 Hz to 25            runs/quick/mel10           runs/quick/mel
 input, older       latent of FSQ, not its codes     runs/quick/latent          runs/quick/fsq-3
-input, older       9.5 hours of speech, not 5.3     runs/more/asr              runs/quick/rvq
 bits, older        256 codes in each codebook       runs/old/256               runs/old/baseline
 bits, older        4,096 codes in each codebook     runs/old/4096              runs/old/baseline
 bits, older        80 frames per second             runs/old/80hz              runs/old/baseline

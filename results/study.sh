@@ -87,6 +87,15 @@ headline)       # 300: the headline, on tokens
 headline-mel)   # 300: the headline, on log-mel
     headline asr-mel runs/mini/mel-eq
     ;;
+more)           # 140: 9.5 hours of speech, one seed; data/LibriSpeech holds speakers 4088 4406 5652
+    # 8226 of train-clean-100 in train-more, and in train-mini 26 and 27 of train-clean-100 and, as
+    # MP3, 84 251 422 652 777 1988 1993 2035 2277 2412 2428 2803 2902 of dev-clean.
+    python tokenize_corpus.py --corpus data/LibriSpeech --train train-clean-5 train-more train-mini \
+        --dev dev-clean-2 --test ${TEST:-test-clean} --speeds 0.8 0.9 1.1 1.2 --equalize 5 \
+        --codec runs/mini/codec/codec.pt --out runs/headline/more-tokens
+    seed 0 runs/headline/more runs/headline/more-tokens --size small --epochs 10
+    python evaluate.py --asr runs/headline/more --lm $lm --out runs/headline/more/eval-lm
+    ;;
 plain)          # 150: the same with copies that are not equalized; on one core of an AMD EPYC
     seed 0 runs/plain/asr runs/mini/tokens --size small --epochs 22
     ;;
@@ -99,9 +108,13 @@ quick)          # 80: 12 epochs with the default masks
 quick-mel)      # 75: the same on log-mel
     seeds runs/quick/masks-mel runs/mini/mel --epochs 12
     ;;
-masks-30)       # 130: 30 epochs on equalized copies, without masks and with the default ones, one seed
+masks-30)       # 260: 30 epochs on equalized copies, without and with the default masks, one seed
+    # We also evaluated both on the six speakers of `more` that are not MP3 (subset six).
     seed 0 runs/masks/none runs/mini/tokens-eq --epochs 30 --time-masks 0 --feature-masks 0
     seed 0 runs/masks/default runs/mini/tokens-eq --epochs 30
+    for run in runs/masks/{none,default}; do
+        python evaluate.py --asr $run --lm $lm --out $run/eval-lm
+    done
     ;;
 baseline)       # 80: what the others are compared with
     asr baseline runs/mini/tokens
